@@ -1,0 +1,6 @@
+"""Backdoor attacks: one file each; a new one is that file and one import line here."""
+
+from unplant.attacks import badnets, blended, sig
+from unplant.poisoning import parse_attack, triggers
+
+__all__ = ["badnets", "blended", "parse_attack", "sig", "triggers"]

@@ -1,0 +1,156 @@
+"""The contract of a model: float pixels (N, C, H, W) in [0, 1] in, logits (N, K) out."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from unplant.devices import Precision, autocast
+from unplant.errors import ModelFileError
+from unplant.images import LabeledImages
+
+
+class Classifier(nn.Module):
+    """A backbone with its normalisation, so that epsilon always means pixels.
+
+    Args:
+        backbone: takes normalised images (N, C, H, W), returns logits (N, K).
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1] → logits."""
+        return self.backbone((pixels - self.mean) / self.std)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode with no parameter gradients, put back as it was afterwards, module by module."""
+    modes = [(module, module.training) for module in model.modules()]
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in needs:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, need in needs:
+            parameter.requires_grad_(need)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    first = next(model.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+@torch.no_grad()
+def logits(model: nn.Module, data: LabeledImages, batch_size: int = 512, precision: Precision = "float32") -> Tensor:
+    """Logits (N, K) of all images, on the CPU, in eval mode."""
+    parts, device = [], device_of(model)
+    with frozen(model), autocast(device, precision):
+        for pixels, _ in data.batches(batch_size):
+            parts.append(model(pixels.to(device)).float().cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def features(model: nn.Module, data: LabeledImages, batch_size: int = 512, precision: Precision = "float32") -> Tensor:
+    """Penultimate features (N, D) on the CPU: what goes into the linear layer that runs last.
+
+    A model without linear layers gives its logits.
+    """
+    seen: list[Tensor] = []
+
+    def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].detach())
+
+    hooks = [m.register_forward_pre_hook(remember) for m in model.modules() if isinstance(m, nn.Linear)]
+    parts, device = [], device_of(model)
+    try:
+        with frozen(model), autocast(device, precision):
+            for pixels, _ in data.batches(batch_size):
+                seen.clear()
+                out = model(pixels.to(device))
+                parts.append((seen[-1] if seen else out).flatten(1).float().cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def activations(
+    model: nn.Module, data: LabeledImages, taps: int = 4, batch_size: int = 512, precision: Precision = "float32"
+) -> list[Tensor]:
+    """What `taps` layers see, evenly spread over the depth and the last one among them: each (N, D) on the CPU.
+
+    Layers are convolutions and linear maps in the order in which they run, the first left out; what goes into them is
+    averaged and maximised over space (or tokens), so D is twice the number of channels for maps. Any architecture
+    will do.
+    """
+    seen: dict[nn.Module, Tensor] = {}
+
+    def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[module] = inputs[0].detach()
+
+    kinds = (nn.Conv2d, nn.Linear)
+    hooks = [m.register_forward_pre_hook(remember) for m in model.modules() if isinstance(m, kinds)]
+    parts: list[list[Tensor]] = []
+    device = device_of(model)
+    try:
+        with frozen(model), autocast(device, precision):
+            for pixels, _ in data.batches(batch_size):
+                seen.clear()
+                model(pixels.to(device))
+                layers = list(seen.values())[1:] or list(seen.values())
+                places = sorted({round((k + 1) * len(layers) / taps) - 1 for k in range(taps)} - {-1})
+                parts.append([_pooled(layers[place]).float().cpu() for place in places])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _pooled(layer: Tensor) -> Tensor:
+    if layer.ndim == 4:  # (N, C, H, W)
+        return torch.cat([layer.mean((2, 3)), layer.amax((2, 3))], 1)
+    if layer.ndim == 3:  # (N, tokens, C)
+        return torch.cat([layer.mean(1), layer.amax(1)], 1)
+    return layer.flatten(1)
+
+
+def check_fits(model: nn.Module, data: LabeledImages) -> int:
+    """Runs two images through the model and returns its number of classes.
+
+    Raises:
+        ModelFileError: it can't run on images of this shape, or doesn't return logits for the data's classes.
+    """
+    pixels = data.pixels(slice(0, 2)).to(device_of(model))
+    with frozen(model), torch.no_grad():
+        try:
+            out = model(pixels)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ModelFileError(f"the model can't run on images of shape {data.shape}: {reason}") from None
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pixels):
+        kind = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ModelFileError(f"the model must return logits ({len(pixels)}, K), got {kind}; wrap it so that it does")
+    if not torch.isfinite(out).all():
+        raise ModelFileError("the model's outputs are NaN or infinite on the first images; its weights are damaged")
+    if out.shape[1] < data.num_classes:
+        raise ModelFileError(f"the model has {out.shape[1]} classes, the data {data.num_classes}")
+    return out.shape[1]

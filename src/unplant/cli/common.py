@@ -1,0 +1,59 @@
+"""What several commands do alike: read options, open data and models, set threads."""
+
+from pathlib import Path
+
+import torch
+
+from unplant.data import open_data
+from unplant.errors import UsageError
+from unplant.images import LabeledImages
+from unplant.poisoning import Attack, parse_attack
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets torch's CPU threads, if a number is given."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`32x24` (width x height) → (24, 32)."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and 0 < int(width) <= 8192 and 0 < int(height) <= 8192):
+        raise UsageError(f"--image-size is WIDTHxHEIGHT, such as 32x32, got {text!r}")
+    return int(height), int(width)
+
+
+def parse_numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """`0.49,0.48,0.45` → three floats."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name} is numbers with commas, such as 0.49,0.48,0.45, got {text!r}") from None
+
+
+def read(
+    source: str, *, image_size: str | None, skip_bad: bool, max_images: int | None = None, seed: int = 0
+) -> LabeledImages:
+    """Opens a data set, or a random part of it."""
+    data = open_data(source, image_size=parse_size(image_size), skip_bad=skip_bad)
+    return data.sample(max_images, torch.Generator().manual_seed(seed)) if max_images else data
+
+
+def read_attack(spec: str | None, *, target: int, all_to_all: bool) -> Attack | None:
+    """An attack from the `attack.json` that `plant` wrote, or from an id with settings."""
+    import unplant.attacks  # noqa: F401 (registers the triggers)
+
+    if spec is None:
+        return None
+    if spec.endswith(".json"):
+        try:
+            return parse_attack(Path(spec).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"can't read {spec}: {error}") from None
+    return parse_attack(spec, target=target, label_map="all-to-all" if all_to_all else "all-to-one")
+

@@ -1,0 +1,56 @@
+"""How the commands talk: results on standard output, everything else on standard error."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from unplant.results import Progress as Callback
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    console.print(text, markup=False)
+
+
+def show(table: Table) -> None:
+    """A table for people, on standard output."""
+    Console(highlight=False).print(table)
+
+
+def emit(values: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def emit_text(text: str) -> None:
+    """One line on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callback]:
+    """A callback that draws one bar per title; on a terminal only."""
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(title: str, done: float) -> None:
+            if title not in tasks:
+                tasks[title] = bars.add_task(title, total=1.0)
+            bars.update(tasks[title], completed=done)
+
+        yield advance
+
+
+def percent(value: float | None) -> str:
+    """A fraction for people."""
+    return "unknown" if value is None else f"{100 * value:.1f} %"

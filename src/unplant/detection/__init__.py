@@ -1,0 +1,1 @@
+"""Detection: what the infected model itself tells about its training images."""

@@ -1,0 +1,90 @@
+"""What every eraser is: a function and a frozen config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from unplant.classifier import logits
+from unplant.errors import UsageError
+from unplant.images import LabeledImages
+from unplant.registry import Registry
+from unplant.results import Erasure, Progress
+from unplant.training import FitConfig
+
+
+class EraserConfig(FitConfig):
+    """Settings of an eraser; those of the training loop are among them.
+
+    `flip` left at none means: mirror images if the infected model itself doesn't mind.
+    """
+
+
+class EraserFunction(Protocol):
+    """Infected model and data in, purified model out; the inputs stay as they are."""
+
+    def __call__(
+        self,
+        infected: nn.Module,
+        data: LabeledImages,
+        config: Any,
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+    ) -> Erasure:
+        """Purifies a copy of the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered eraser.
+
+    Attributes:
+        name: its id.
+        needs: `suspect`: training data that may be poisoned; `clean`: trusted data.
+        config: the class of its settings.
+        run: the eraser itself.
+        presets: settings of published sources, by name; `default` is ours.
+    """
+
+    name: str
+    needs: Literal["suspect", "clean"]
+    config: type[EraserConfig]
+    run: EraserFunction
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def configure(self, preset: str = "default", **settings: Any) -> EraserConfig:
+        """The settings of a preset, with changes.
+
+        Raises:
+            UsageError: there is no such preset or setting, or a value is out of range.
+        """
+        if preset != "default" and preset not in self.presets:
+            names = ", ".join(["default", *self.presets])
+            raise UsageError(f"{self.name} has no preset {preset!r}; there are: {names}")
+        return self.config(**{**self.presets.get(preset, {}), **settings})
+
+
+ConfigType = TypeVar("ConfigType", bound=EraserConfig)
+
+
+def settle(config: ConfigType, infected: nn.Module, data: LabeledImages) -> ConfigType:
+    """Decides what the config leaves open: whether images may be mirrored.
+
+    They may if the model's accuracy on 1,000 mirrored images is at least 0.95 of that on the same images as they are:
+    so with animals, and not with digits or traffic signs.
+    """
+    if config.flip is not None:
+        return config
+    part = data.sample(1000, torch.Generator().manual_seed(0))
+    mirrored = LabeledImages(part.images.flip(3), part.labels, part.classes)
+    right, right_mirrored = (
+        float((logits(infected, images).argmax(1) == part.labels).float().mean()) for images in (part, mirrored)
+    )
+    return config.but(flip=right_mirrored >= 0.95 * right)
+
+
+erasers: Registry[Method] = Registry("eraser")

@@ -1,0 +1,38 @@
+"""Plain fine-tuning (FT): the control beside every other eraser. It erases some attacks and leaves others alone."""
+
+import copy
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from unplant.erasers.base import EraserConfig, Method, erasers, settle
+from unplant.images import LabeledImages
+from unplant.params import Real
+from unplant.results import Erasure, Progress
+from unplant.training import fit, steps_of
+
+
+class FineTuneConfig(EraserConfig):
+    """FT as BackdoorBench (Wu et al., NeurIPS 2022) and others set it: SGD at lr 0.01 on clean data."""
+
+    epochs: Real = Field(20, gt=0, description="passes over the data")
+
+
+def fine_tune(
+    infected: nn.Module,
+    data: LabeledImages,
+    config: FineTuneConfig,
+    *,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Erasure:
+    """Trains a copy of the model on the data as they are: the control without an adversarial step."""
+    config = settle(config, infected, data)
+    purified = copy.deepcopy(infected)
+    steps = steps_of(config.epochs, data, config.batch_size)
+    loss = fit(purified, data, steps=steps, config=config, generator=generator, progress=progress, title="fine-tuning")
+    return Erasure(purified, rounds=[{"step": "fine-tuning", "images": len(data), "steps": steps, "loss": loss}])
+
+
+erasers.add("fine_tune", Method("fine_tune", "clean", FineTuneConfig, fine_tune))

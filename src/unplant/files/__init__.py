@@ -1,0 +1,14 @@
+"""Untrusted model files, and writing that never leaves half a file."""
+
+from unplant.files.atomic import OutputFolder, write_atomically
+from unplant.files.checkpoints import Checkpoint, check_fits_weights, load_checkpoint, load_into, save_weights
+
+__all__ = [
+    "Checkpoint",
+    "OutputFolder",
+    "check_fits_weights",
+    "load_checkpoint",
+    "load_into",
+    "save_weights",
+    "write_atomically",
+]

@@ -1,0 +1,193 @@
+"""`LabeledImages`: the one form in which images travel through Unplant."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unplant.errors import DataError
+
+
+def to_pixels(stored: Tensor) -> Tensor:
+    """Stored uint8 → float pixels in [0, 1]."""
+    return stored.to(torch.float32) / 255
+
+
+def to_stored(pixels: Tensor) -> Tensor:
+    """Float pixels → uint8 as a file on disk holds them: clipped to [0, 1], rounded to the nearest of 256 levels.
+
+    >>> to_stored(torch.tensor([-0.1, 0.5, 1.2])).tolist()
+    [0, 128, 255]
+    """
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class LabeledImages:
+    """Images with labels.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), each in [0, K).
+        classes: the K class names, in label order.
+        names: where each image comes from, (N,), or None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            problems.append(f"images must be uint8 (N, C, H, W), got {self.images.dtype} {tuple(self.images.shape)}")
+        if self.labels.ndim != 1 or self.labels.dtype != torch.int64 or len(self.labels) != len(self.images):
+            problems.append(f"labels must be int64 ({len(self.images)},), got {self.labels.dtype} {tuple(self.labels.shape)}")
+        elif len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            problems.append(
+                f"labels must lie in [0, {len(self.classes)}), "
+                f"got {int(self.labels.min())}..{int(self.labels.max())}"
+            )
+        if problems:
+            raise DataError("; ".join(problems))
+
+    @classmethod
+    def from_arrays(cls, images: Any, labels: Any, classes: Sequence[str] | None = None) -> "LabeledImages":
+        """From uint8 or [0, 1]-float arrays, (N, C, H, W), (N, H, W, C) or (N, H, W).
+
+        Raises:
+            DataError: another shape or dtype, floats outside [0, 1], or labels that aren't whole numbers.
+        """
+        pixels = np.asarray(images)
+        if pixels.ndim == 3:
+            pixels = pixels[:, None]
+        if pixels.ndim != 4:
+            raise DataError(f"images must be (N, C, H, W), (N, H, W, C) or (N, H, W), got {pixels.shape}")
+        if pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
+            pixels = pixels.transpose(0, 3, 1, 2)
+        if pixels.shape[1] not in (1, 3):
+            raise DataError(f"images must have 1 or 3 channels, got shape {pixels.shape}")
+        if not len(pixels) or 0 in pixels.shape:
+            raise DataError(f"there are no images: shape {pixels.shape}")
+        if pixels.dtype.kind == "f":
+            if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+                raise DataError(
+                    f"float images must lie in [0, 1], got {np.nanmin(pixels):g}..{np.nanmax(pixels):g}; "
+                    "undo the normalisation (mean and std belong to the model), or pass uint8"
+                )
+            stored = to_stored(torch.from_numpy(np.require(pixels, requirements="CW")))
+        elif pixels.dtype == np.uint8:
+            stored = torch.from_numpy(np.require(pixels, requirements="CW"))
+        else:
+            raise DataError(f"images must be uint8 or float in [0, 1], got {pixels.dtype}")
+        numbers = np.asarray(labels)
+        if numbers.dtype.kind not in "iu" or numbers.shape != (len(stored),):
+            raise DataError(f"labels must be {len(stored)} whole numbers, got {numbers.dtype} {numbers.shape}")
+        names = tuple(classes) if classes else tuple(str(k) for k in range(int(numbers.max()) + 1))
+        return cls(stored, torch.from_numpy(numbers.astype(np.int64)), names)
+
+    @classmethod
+    def from_dataset(cls, dataset: Any, classes: Sequence[str] | None = None) -> "LabeledImages":
+        """From anything with a length and items (image, label): PIL images, uint8 arrays, float tensors in [0, 1].
+
+        Raises:
+            DataError: the set is empty, or its images differ in shape.
+        """
+        if isinstance(dataset, cls):
+            return dataset
+        images, labels = [], []
+        for index in range(len(dataset)):
+            image, label = dataset[index]
+            array = np.asarray(image)
+            if array.ndim == 2:
+                array = array[None]
+            elif array.ndim == 3 and array.shape[0] not in (1, 3):
+                array = array.transpose(2, 0, 1)
+            if images and array.shape != images[0].shape:
+                raise DataError(
+                    f"images must have one shape: image 0 is {images[0].shape}, image {index} is {array.shape}"
+                )
+            images.append(array)
+            labels.append(int(label))
+        if not images:
+            raise DataError("the data set is empty")
+        return cls.from_arrays(np.stack(images), np.array(labels), classes or getattr(dataset, "classes", None))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.classes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of each image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def pixels(self, indices: Any = slice(None)) -> Tensor:
+        """The images at those indices as float pixels in [0, 1]."""
+        return to_pixels(self.images[indices])
+
+    def select(self, indices: Any) -> "LabeledImages":
+        """The images at those indices (or where the mask is true), in that order."""
+        chosen = torch.as_tensor(indices) if len(indices) else torch.empty(0, dtype=torch.int64)
+        if chosen.dtype == torch.bool:
+            chosen = chosen.nonzero().flatten()
+        names = tuple(self.names[i] for i in chosen.tolist()) if self.names is not None else None
+        return LabeledImages(self.images[chosen], self.labels[chosen], self.classes, names)
+
+    def relabel(self, labels: Tensor) -> "LabeledImages":
+        """The same images under other labels."""
+        return replace(self, labels=labels)
+
+    def sample(self, count: int, generator: torch.Generator) -> "LabeledImages":
+        """`count` images without replacement, each class in proportion; all of them if there are no more."""
+        if count >= len(self):
+            return self
+        order = torch.randperm(len(self), generator=generator)
+        # Sorting by (rank within the class) / (size of the class) interleaves the classes in proportion.
+        labels = self.labels[order]
+        position = torch.empty(len(order), dtype=torch.float64)
+        for label in labels.unique().tolist():
+            mine = (labels == label).nonzero().flatten()
+            position[mine] = (torch.arange(len(mine), dtype=torch.float64) + 0.5) / len(mine)
+        chosen = order[position.argsort(stable=True)[:count]]
+        return self.select(chosen.sort().values)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels (B, C, H, W), labels (B,)) in order, the last batch smaller."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield self.pixels(part), self.labels[part]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, pixels, labels and class names, as 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        digest.update(repr((tuple(self.images.shape), self.classes)).encode())
+        digest.update(self.images.contiguous().numpy().tobytes())
+        digest.update(self.labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def forever(data: LabeledImages, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless index batches (B,), a new random order each epoch; B is `size`, or the whole set if it is smaller.
+
+    A rest that doesn't fill a batch is carried into the next epoch, so no batch is ever of one image.
+    """
+    if not len(data):
+        raise DataError("can't train on an empty set")
+    size = min(size, len(data))
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        left = torch.cat([left, torch.randperm(len(data), generator=generator)])
+        while len(left) >= size:
+            yield left[:size]
+            left = left[size:]

@@ -1,0 +1,70 @@
+"""What erasers and evaluations return."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Progress = Callable[[str, float], None]
+"""Told what is being done and which share of it is done, in [0, 1]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Erasure:
+    """What an eraser returns.
+
+    Attributes:
+        model: the purified model, a new module of the infected one's kind.
+        suspicion: float (N,), one score per image of the suspect set, high means poisoned; None where the method
+            doesn't judge images.
+        suspects: bool (N,), the images that the method takes for poisoned; None where it doesn't judge images.
+        rounds: what each round did, as plain numbers and strings.
+        extra_sets: bool (N,) per round, the images that were trained on under their own labels (PBE's D_ext).
+    """
+
+    model: nn.Module
+    suspicion: Tensor | None = None
+    suspects: Tensor | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    extra_sets: list[Tensor] = field(default_factory=list)
+
+    def ranked(self) -> Tensor:
+        """Indices of the flagged images, the most suspicious first; empty where nothing is flagged."""
+        import torch
+
+        if self.suspects is None or self.suspicion is None:
+            return torch.empty(0, dtype=torch.int64)
+        flagged = self.suspects.nonzero().flatten()
+        return flagged[self.suspicion[flagged].argsort(descending=True, stable=True)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's scores on test images, as fractions; None is unknown.
+
+    Attributes:
+        acc: accuracy on clean test images.
+        asr: attack success rate: share of triggered test images whose true label is not the target that get the
+            target label.
+        ra: robust accuracy: share of the same images that get their true label.
+        natural_target_rate: share of the same images *without* the trigger that get the target label; no ASR can
+            honestly go below it.
+        worst_class_acc: the lowest accuracy of a class on clean test images.
+        asr_upper: one-sided upper 95 % bound of the ASR.
+        clean_images: number of clean test images.
+        triggered_images: number of triggered test images.
+    """
+
+    acc: float | None
+    asr: float | None
+    ra: float | None
+    natural_target_rate: float | None
+    worst_class_acc: float | None = None
+    asr_upper: float | None = None
+    clean_images: int = 0
+    triggered_images: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self)

@@ -1,0 +1,114 @@
+"""One run, one folder: what is written, and under which environment it was made."""
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from unplant import __version__
+from unplant.classifier import Classifier, check_fits
+from unplant.errors import ModelFileError, UsageError
+from unplant.files import check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
+from unplant.images import LabeledImages
+from unplant.models import build
+from unplant.params import Config, Real
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and threads, as a result needs them to be repeated."""
+    import numpy
+
+    return {
+        "unplant": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON object, atomically."""
+    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table, atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+class ModelCard(Config):
+    """What a file of weights says about itself, in its safetensors metadata; checked, as files lie."""
+
+    arch: str | None = Field(None, max_length=500, description="architecture's id")
+    classes: tuple[str, ...] = Field((), max_length=100_000, description="class names in label order")
+    mean: tuple[Real, ...] = Field((0.0,), min_length=1, max_length=4, description="per channel, in pixel units")
+    std: tuple[Annotated[Real, Field(gt=0)], ...] = Field((1.0,), min_length=1, max_length=4, description="the same")
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field((), max_length=3, description="(C, H, W) of its images")
+
+
+def save_classifier(path: Path, model: nn.Module, card: ModelCard) -> None:
+    """Writes a model's weights under their own keys, with the card that `open_classifier` reads."""
+    save_weights(path, model.backbone if isinstance(model, Classifier) else model, card.model_dump(mode="json"))
+
+
+def open_classifier(
+    path: Path,
+    data: LabeledImages,
+    *,
+    arch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[Classifier, ModelCard]:
+    """The classifier in a file, and its card; files that Unplant wrote say themselves what they need.
+
+    A file can name a registered architecture only: Python files are run only if the user names them.
+
+    Args:
+        path: a file of weights, or a folder with `model.safetensors`.
+        data: what it shall run on; gives the channels, and the classes unless the file does.
+        arch: architecture; needed for other people's files.
+        mean: per channel, in pixel units; default: the file's, else 0.
+        std: per channel, in pixel units; default: the file's, else 1.
+
+    Raises:
+        UsageError: no architecture is given.
+        ModelFileError: the file can't be loaded, or doesn't fit the architecture or the data.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        card = ModelCard(**checkpoint.metadata)
+    except UsageError as error:
+        raise ModelFileError(f"{checkpoint.path} has damaged metadata: {error}") from None
+    if arch is None:
+        if card.arch is None or ".py" in card.arch:
+            raise UsageError(f"{path} needs --arch: a registered id, or path/to/file.py:factory")
+        arch = card.arch
+    card = card.but(
+        arch=arch,
+        classes=card.classes or data.classes,
+        mean=tuple(mean) if mean else card.mean,
+        std=tuple(std) if std else card.std,
+        shape=data.shape,
+    )
+    size = {"num_classes": len(card.classes), "channels": data.shape[0]}
+    if ".py" not in arch:
+        with torch.device("meta"):  # a hostile card can't make us allocate more than its file holds
+            check_fits_weights(build(arch, **size), checkpoint)
+    backbone = build(arch, **size)
+    load_into(backbone, checkpoint)
+    model = Classifier(backbone, card.mean, card.std).eval()
+    check_fits(model, data)
+    return model, card
