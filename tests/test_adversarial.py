@@ -1,6 +1,7 @@
 """PGD against closed forms on linear models and against foolbox on a trained net."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -55,7 +56,9 @@ def mean_loss(model, pixels, labels):
 def test_equals_foolbox(trained, batch, eps, steps, relative):
     pixels, labels = batch
     oracle = foolbox.attacks.LinfPGD(rel_stepsize=relative, steps=steps, random_start=False)
-    theirs, _, theirs_success = oracle(foolbox.PyTorchModel(trained, (0, 1), device="cpu"), pixels, labels, epsilons=eps)
+    theirs, _, theirs_success = oracle(
+        foolbox.PyTorchModel(trained, (0, 1), device="cpu"), pixels, labels, epsilons=eps
+    )
     ours = pgd(trained, pixels, labels, eps=eps, step_size=relative * eps, steps=steps)
     assert (ours - theirs).abs().max() <= 1e-6
     success = (trained(ours).argmax(1) != labels).float().mean()
@@ -141,7 +144,8 @@ def test_steps_and_radius_raise_the_loss_of_a_linear_model(linear, pixels):
 def test_steps_and_radius_raise_the_loss_of_a_trained_net(trained, batch):
     pixels, labels = batch
     by_steps = [
-        mean_loss(trained, pgd(trained, pixels, labels, eps=0.1, step_size=0.02, steps=n), labels) for n in range(0, 9, 2)
+        mean_loss(trained, pgd(trained, pixels, labels, eps=0.1, step_size=0.02, steps=n), labels)
+        for n in range(0, 9, 2)
     ]
     by_eps = [
         mean_loss(trained, pgd(trained, pixels, labels, eps=e, step_size=e / 4, steps=8), labels)
@@ -149,7 +153,7 @@ def test_steps_and_radius_raise_the_loss_of_a_trained_net(trained, batch):
     ]
     for losses in (by_steps, by_eps):
         # Sign steps overshoot where the net is curved: 1 % of the loss is allowed.
-        assert all(later >= 0.99 * earlier for earlier, later in zip(losses, losses[1:], strict=False))
+        assert all(later >= 0.99 * earlier for earlier, later in itertools.pairwise(losses))
         assert losses[-1] > 2 * losses[0]
 
 

@@ -115,7 +115,7 @@ def test_shape_range_and_randomness(settings):
     first, again, other = (augment(pixels, settings, seeded(seed)) for seed in (0, 0, 1))
     assert first.shape == pixels.shape
     assert first.dtype == pixels.dtype
-    assert 0 <= first.min()
+    assert first.min() >= 0
     assert first.max() <= 1 + 1e-6  # the four weights of a bilinear sample add up to 1 in float32 only
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

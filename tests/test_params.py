@@ -28,7 +28,8 @@ class Knobs(Config):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("1/3", 1 / 3), ("-1/2", -0.5), (0.5, 0.5), (None, None)]
+    ("text", "value"),
+    [("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("1/3", 1 / 3), ("-1/2", -0.5), (0.5, 0.5), (None, None)],
 )
 def test_fractions_become_floats(text, value):
     assert number(text) == value
@@ -98,7 +99,9 @@ def test_settings_on_the_command_line():
     }
 
 
-@pytest.mark.parametrize(("pairs", "message"), [(["eps"], "NAME=VALUE"), (["=3"], "NAME=VALUE"), (["a=1", "a=2"], "twice")])
+@pytest.mark.parametrize(
+    ("pairs", "message"), [(["eps"], "NAME=VALUE"), (["=3"], "NAME=VALUE"), (["a=1", "a=2"], "twice")]
+)
 def test_a_setting_that_is_none_is_refused(pairs, message):
     with pytest.raises(UsageError, match=message):
         parse_settings(pairs)

@@ -14,10 +14,12 @@ class Augment(Config):
     """What happens to each training image."""
 
     padding: int | None = Field(
-        None, ge=0, description="zero padding before a random crop, in pixels; none: an eighth of the height, 1 below 32"
+        default=None,
+        ge=0,
+        description="zero padding before a random crop, in pixels; none: an eighth of the height, 1 below 32",
     )
-    flip: bool | None = Field(None, description="mirror half of the images; none: colour images only")
-    rotation: Real = Field(0.0, ge=0, le=180, description="largest random rotation, in degrees either way")
+    flip: bool | None = Field(default=None, description="mirror half of the images; none: colour images only")
+    rotation: Real = Field(default=0.0, ge=0, le=180, description="largest random rotation, in degrees either way")
 
 
 def augment(pixels: Tensor, settings: Augment, generator: torch.Generator) -> Tensor:

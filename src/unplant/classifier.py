@@ -58,7 +58,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, data: LabeledImages, batch_size: int = 512, precision: Precision = "float32") -> Tensor:
+def logits(model: nn.Module, data: LabeledImages, batch_size: int = 128, precision: Precision = "float32") -> Tensor:
     """Logits (N, K) of all images, on the CPU, in eval mode."""
     parts, device = [], device_of(model)
     with frozen(model), autocast(device, precision):
@@ -68,7 +68,7 @@ def logits(model: nn.Module, data: LabeledImages, batch_size: int = 512, precisi
 
 
 @torch.no_grad()
-def features(model: nn.Module, data: LabeledImages, batch_size: int = 512, precision: Precision = "float32") -> Tensor:
+def features(model: nn.Module, data: LabeledImages, batch_size: int = 128, precision: Precision = "float32") -> Tensor:
     """Penultimate features (N, D) on the CPU: what goes into the linear layer that runs last.
 
     A model without linear layers gives its logits.
@@ -94,7 +94,7 @@ def features(model: nn.Module, data: LabeledImages, batch_size: int = 512, preci
 
 @torch.no_grad()
 def activations(
-    model: nn.Module, data: LabeledImages, taps: int = 4, batch_size: int = 512, precision: Precision = "float32"
+    model: nn.Module, data: LabeledImages, taps: int = 4, batch_size: int = 128, precision: Precision = "float32"
 ) -> list[Tensor]:
     """What `taps` layers see, evenly spread over the depth and the last one among them: each (N, D) on the CPU.
 

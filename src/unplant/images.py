@@ -47,11 +47,12 @@ class LabeledImages:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             problems.append(f"images must be uint8 (N, C, H, W), got {self.images.dtype} {tuple(self.images.shape)}")
         if self.labels.ndim != 1 or self.labels.dtype != torch.int64 or len(self.labels) != len(self.images):
-            problems.append(f"labels must be int64 ({len(self.images)},), got {self.labels.dtype} {tuple(self.labels.shape)}")
+            problems.append(
+                f"labels must be int64 ({len(self.images)},), got {self.labels.dtype} {tuple(self.labels.shape)}"
+            )
         elif len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             problems.append(
-                f"labels must lie in [0, {len(self.classes)}), "
-                f"got {int(self.labels.min())}..{int(self.labels.max())}"
+                f"labels must lie in [0, {len(self.classes)}), got {int(self.labels.min())}..{int(self.labels.max())}"
             )
         if problems:
             raise DataError("; ".join(problems))
@@ -80,9 +81,9 @@ class LabeledImages:
                     f"float images must lie in [0, 1], got {np.nanmin(pixels):g}..{np.nanmax(pixels):g}; "
                     "undo the normalisation (mean and std belong to the model), or pass uint8"
                 )
-            stored = to_stored(torch.from_numpy(np.require(pixels, requirements="CW")))
+            stored = to_stored(torch.from_numpy(np.require(pixels, requirements=["C", "W"])))
         elif pixels.dtype == np.uint8:
-            stored = torch.from_numpy(np.require(pixels, requirements="CW"))
+            stored = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
         else:
             raise DataError(f"images must be uint8 or float in [0, 1], got {pixels.dtype}")
         numbers = np.asarray(labels)

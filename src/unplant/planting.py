@@ -20,9 +20,9 @@ __all__ = ["Planted", "TrainConfig", "channel_statistics", "parse_attack", "plan
 class TrainConfig(FitConfig):
     """How infected models, and clean ones to compare with, are trained from scratch."""
 
-    epochs: Real = Field(20, gt=0, description="passes over the training set")
-    lr: Real = Field(0.1, gt=0, description="peak learning rate")
-    schedule: Schedule = Field("one-cycle", description="constant, cosine or one-cycle")
+    epochs: Real = Field(default=20, gt=0, description="passes over the training set")
+    lr: Real = Field(default=0.1, gt=0, description="peak learning rate")
+    schedule: Schedule = Field(default="one-cycle", description="constant, cosine or one-cycle")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,4 +89,3 @@ def plant(
     training_set = poison(data, attack, generator).select(torch.randperm(len(data), generator=generator))
     model = train(architecture, training_set.data, config or TrainConfig(), seed=seed, device=device, progress=progress)
     return Planted(model, training_set, attack)
-

@@ -56,10 +56,14 @@ class Attack(Config):
     """
 
     trigger: Trigger
-    label_map: Literal["all-to-one", "all-to-all"] = Field("all-to-one", description="which labels are wanted")
-    target: int = Field(0, ge=0, description="target label of all-to-one")
-    poisoning_rate: Share = Field(0.1, gt=0, lt=1, description="share of the whole training set that is poisoned")
-    clean_label: bool = Field(False, description="trigger only images of the target class and keep their labels")
+    label_map: Literal["all-to-one", "all-to-all"] = Field(default="all-to-one", description="which labels are wanted")
+    target: int = Field(default=0, ge=0, description="target label of all-to-one")
+    poisoning_rate: Share = Field(
+        default=0.1, gt=0, lt=1, description="share of the whole training set that is poisoned"
+    )
+    clean_label: bool = Field(
+        default=False, description="trigger only images of the target class and keep their labels"
+    )
 
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
         """The label that each triggered image shall get, (N,)."""

@@ -19,6 +19,7 @@ from unplant.files import check_fits_weights, load_checkpoint, load_into, save_w
 from unplant.images import LabeledImages
 from unplant.models import build
 from unplant.params import Config, Real
+from unplant.results import Erasure
 
 
 def environment() -> dict[str, Any]:
@@ -52,11 +53,17 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 class ModelCard(Config):
     """What a file of weights says about itself, in its safetensors metadata; checked, as files lie."""
 
-    arch: str | None = Field(None, max_length=500, description="architecture's id")
-    classes: tuple[str, ...] = Field((), max_length=100_000, description="class names in label order")
-    mean: tuple[Real, ...] = Field((0.0,), min_length=1, max_length=4, description="per channel, in pixel units")
-    std: tuple[Annotated[Real, Field(gt=0)], ...] = Field((1.0,), min_length=1, max_length=4, description="the same")
-    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field((), max_length=3, description="(C, H, W) of its images")
+    arch: str | None = Field(default=None, max_length=500, description="architecture's id")
+    classes: tuple[str, ...] = Field(default=(), max_length=100_000, description="class names in label order")
+    mean: tuple[Real, ...] = Field(
+        default=(0.0,), min_length=1, max_length=4, description="per channel, in pixel units"
+    )
+    std: tuple[Annotated[Real, Field(gt=0)], ...] = Field(
+        default=(1.0,), min_length=1, max_length=4, description="the same"
+    )
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), max_length=3, description="(C, H, W) of its images"
+    )
 
 
 def save_classifier(path: Path, model: nn.Module, card: ModelCard) -> None:
@@ -112,3 +119,34 @@ def open_classifier(
     model = Classifier(backbone, card.mean, card.std).eval()
     check_fits(model, data)
     return model, card
+
+
+def save_erasure(
+    folder: Path, erasure: Erasure, data: LabeledImages, card: ModelCard, config: Config, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a run's folder: the purified model, the ranked suspects, what every round did, and the configuration.
+
+    Returns:
+        What `result.json` holds.
+    """
+    save_classifier(folder / "model.safetensors", erasure.model, card)
+    write_json(
+        folder / "config.json", {"model": card.model_dump(mode="json"), "eraser": config.model_dump(mode="json")}
+    )
+    ranked = erasure.ranked().tolist()
+    if erasure.suspicion is not None:
+        names = data.names or tuple(str(index) for index in range(len(data)))
+        rows = [(names[i], data.classes[int(data.labels[i])], f"{float(erasure.suspicion[i]):.6f}") for i in ranked]
+        write_csv(folder / "suspects.csv", ("file", "label", "suspicion"), rows)
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in erasure.rounds]
+    write_atomically(folder / "events.jsonl", "\n".join(lines) + "\n")
+    result = {
+        **about,
+        "suspects": len(ranked) if erasure.suspicion is not None else None,
+        "images": len(data),
+        "fingerprint": data.fingerprint(),
+        "rounds": erasure.rounds,
+        "environment": environment(),
+    }
+    write_json(folder / "result.json", result)
+    return result

@@ -26,14 +26,17 @@ Change = Callable[[nn.Module, Tensor, Tensor], Tensor]
 class FitConfig(Augment):
     """How `fit` trains: SGD with Nesterov-free momentum, as the released PBE code does."""
 
-    lr: Real = Field(0.01, gt=0, description="learning rate; with the one-cycle schedule its peak")
+    lr: Real = Field(default=0.01, gt=0, description="learning rate; with the one-cycle schedule its peak")
     schedule: Schedule = Field(
-        "constant", description="cosine falls to 0; one-cycle rises for 30 % of the steps first, in straight lines"
+        default="constant",
+        description="cosine falls to 0; one-cycle rises for 30 % of the steps first, in straight lines",
     )
-    momentum: Real = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: Real = Field(5e-4, ge=0, description="weight decay of SGD")
-    batch_size: int = Field(128, ge=2, description="images a step")
-    precision: Precision = Field("float32", description="of convolutions and matrix products; weights are float32")
+    momentum: Real = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: Real = Field(default=5e-4, ge=0, description="weight decay of SGD")
+    batch_size: int = Field(default=128, ge=2, description="images a step")
+    precision: Precision = Field(
+        default="float32", description="of convolutions and matrix products; weights are float32"
+    )
 
 
 def fit(
@@ -64,9 +67,7 @@ def fit(
     """
     device = device_of(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.SGD(
-        trainable, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimiser = torch.optim.SGD(trainable, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(config.schedule, step, steps))
     batches = forever(data, config.batch_size, generator)
     modes = [(module, module.training) for module in model.modules()]

@@ -23,9 +23,9 @@ class BadNets(Trigger):
         "ibau": {"size": 4, "pattern": "white", "margin": 1},
     }
 
-    size: int = Field(3, ge=1, description="edge of the square, in pixels")
-    pattern: Literal["checkerboard", "white"] = Field("checkerboard", description="what the square shows")
-    margin: int = Field(0, ge=0, description="distance from the bottom and right edges, in pixels")
+    size: int = Field(default=3, ge=1, description="edge of the square, in pixels")
+    pattern: Literal["checkerboard", "white"] = Field(default="checkerboard", description="what the square shows")
+    margin: int = Field(default=0, ge=0, description="distance from the bottom and right edges, in pixels")
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """The image with the patch; a patch that is larger than the image is cut."""

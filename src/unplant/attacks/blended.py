@@ -21,8 +21,8 @@ class Blended(Trigger):
     id: ClassVar[str] = "blended"
     presets: ClassVar = {"pbe": {"alpha": 0.1}, "backdoorbench": {"alpha": 0.2}}
 
-    alpha: Pixel = Field(0.2, gt=0, description="opacity of the pattern")
-    pattern_seed: int = Field(0, ge=0, lt=2**32, description="seed of the noise pattern")
+    alpha: Pixel = Field(default=0.2, gt=0, description="opacity of the pattern")
+    pattern_seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the noise pattern")
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """The image with the pattern blended in."""

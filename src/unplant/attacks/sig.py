@@ -26,8 +26,8 @@ class SIG(Trigger):
         "backdoorbench": {"delta": 40 / 255},
     }
 
-    delta: Pixel = Field(20 / 255, gt=0, description="amplitude, in pixel units")
-    frequency: Real = Field(6, gt=0, description="periods over the image's width")
+    delta: Pixel = Field(default=20 / 255, gt=0, description="amplitude, in pixel units")
+    frequency: Real = Field(default=6, gt=0, description="periods over the image's width")
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """The image with the wave."""

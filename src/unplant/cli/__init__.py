@@ -21,8 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 5
     except Exception as error:
-        if hasattr(error, "format_message"):  # the usage errors of typer, and of click in its older versions
-            code = _fail(error.format_message() or "no command given; try unplant --help", 2)
+        message = getattr(error, "format_message", None)  # the usage errors of typer, and of click in its older versions
+        if message is not None:
+            code = _fail(message() or "no command given; try unplant --help", 2)
         elif debug:
             raise
         elif isinstance(error, UnplantError):

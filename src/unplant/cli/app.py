@@ -1,7 +1,7 @@
 """The commands and their options; each imports what it needs only when it runs, so that --help is quick."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,24 +18,27 @@ app = typer.Typer(
 
 Model = Annotated[Path, typer.Argument(help="File of weights (.safetensors or .pth), or a folder that unplant wrote.")]
 Arch = Annotated[
-    Optional[str], typer.Option(help="Architecture: preact_resnet18, preact_resnet18:width=16, small_cnn, file.py:factory.")
+    str | None,
+    typer.Option(help="Architecture: preact_resnet18, preact_resnet18:width=16, small_cnn, file.py:factory."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
-Test = Annotated[Optional[str], typer.Option(help="Clean test images, to measure ACC (and, with --attack, ASR and RA).")]
+Test = Annotated[str | None, typer.Option(help="Clean test images, to measure ACC (and, with --attack, ASR and RA).")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a folder that unplant wrote before.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
-Settings = Annotated[Optional[list[str]], typer.Option("--set", help="NAME=VALUE, a setting of the method; repeatable.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the method; repeatable.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: all cores.")]
-Mean = Annotated[Optional[str], typer.Option(help="The model's normalisation: mean per channel in [0,1], comma-separated.")]
-Std = Annotated[Optional[str], typer.Option(help="The model's normalisation: standard deviation per channel.")]
-ImageSize = Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT: resize every image.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
+Mean = Annotated[
+    str | None, typer.Option(help="The model's normalisation: mean per channel in [0,1], comma-separated.")
+]
+Std = Annotated[str | None, typer.Option(help="The model's normalisation: standard deviation per channel.")]
+ImageSize = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT: resize every image.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-images", help="Go on without broken images, if at most 1 %.")]
-MaxImages = Annotated[Optional[int], typer.Option(min=2, help="Use a random part of the data, each class in proportion.")]
+MaxImages = Annotated[int | None, typer.Option(min=2, help="Use a random part of the data, each class in proportion.")]
 TestAttack = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--attack", help="For measuring only: attack.json of `plant`, or badnets:size=4,pattern=white."),
 ]
 Target = Annotated[int, typer.Option(min=0, help="Target label of --attack.")]
@@ -47,9 +50,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     """Finds and erases backdoors planted in image classifiers."""
     if version:
         from unplant import __version__
-        from unplant.cli.output import emit_text
 
-        emit_text(__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 
@@ -72,13 +74,13 @@ def demo(
 def erase(
     model: Model,
     out: Out,
-    suspect: Annotated[Optional[str], typer.Option(help="Training data that may be poisoned: PBE.")] = None,
-    clean: Annotated[Optional[str], typer.Option(help="Data that you trust: AFT.")] = None,
+    suspect: Annotated[str | None, typer.Option(help="Training data that may be poisoned: PBE.")] = None,
+    clean: Annotated[str | None, typer.Option(help="Data that you trust: AFT.")] = None,
     arch: Arch = None,
-    method: Annotated[Optional[str], typer.Option(help="Eraser; default: pbe with --suspect, aft with --clean.")] = None,
+    method: Annotated[str | None, typer.Option(help="Eraser; default: pbe with --suspect, aft with --clean.")] = None,
     preset: Annotated[str, typer.Option(help="Settings of a source: default, released.")] = "default",
     settings: Settings = None,
-    eps: Annotated[Optional[str], typer.Option(help="Radius of the adversarial ball, such as 8/255.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius of the adversarial ball, such as 8/255.")] = None,
     test: Test = None,
     attack: TestAttack = None,
     target: Target = 0,

@@ -56,4 +56,3 @@ def read_attack(spec: str | None, *, target: int, all_to_all: bool) -> Attack | 
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"can't read {spec}: {error}") from None
     return parse_attack(spec, target=target, label_map="all-to-all" if all_to_all else "all-to-one")
-

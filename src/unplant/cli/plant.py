@@ -64,7 +64,9 @@ def run(
             "data": images.fingerprint(),
             "environment": environment(),
         }
-        write_json(folder / "config.json", {"model": card.model_dump(mode="json"), "training": config.model_dump(mode="json")})
+        write_json(
+            folder / "config.json", {"model": card.model_dump(mode="json"), "training": config.model_dump(mode="json")}
+        )
         write_json(folder / "result.json", result)
     if json:
         emit(result)

@@ -32,8 +32,8 @@ def open_data(source: Any, *, image_size: tuple[int, int] | None = None, skip_ba
     text = str(source)
     if text == "digits" or text.startswith("digits:"):
         part, _, seed = text.partition(":")[2].partition(",seed=")
-        if seed and not seed.isdigit():
-            raise DataError(f"the split's seed must be a whole number, got {seed!r} in {text!r}")
+        if seed and not (seed.isascii() and seed.isdigit() and len(seed) <= 9):
+            raise DataError(f"the split's seed must be a whole number of at most nine digits, got {seed!r} in {text!r}")
         return digits(part or "all", int(seed or 0))
     scheme, colon, rest = text.partition(":")
     path = Path(rest) if colon and scheme in {"folder", "npz"} else Path(text)

@@ -3,7 +3,10 @@
 import io
 import os
 import re
+import struct
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,6 +23,12 @@ MAX_PIXELS = 50_000_000
 """An image with more pixels is refused before it is decoded."""
 MAX_FILE_BYTES = 200 * 2**20
 """A larger file is refused before it is read."""
+
+BROKEN = (
+    *(OSError, ValueError, SyntaxError, RuntimeError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile),
+    *(DataError, Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+"""What Pillow and zipfile raise on damaged, encrypted or hostile images."""
 
 Entry = tuple[str, Callable[[], bytes]]
 """A path relative to the root, and how to read it."""
@@ -64,7 +73,7 @@ def _folder_entries(root: Path) -> Iterable[Entry]:
             path = Path(folder, name)
             if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
                 continue
-            if not path.resolve().is_relative_to(real_root):
+            if not Path(os.path.realpath(path)).is_relative_to(real_root):
                 raise DataError(f"{path} is a link out of {root}; nothing outside the folder is read")
             yield path.relative_to(root).as_posix(), lambda path=path: _read_file(path)
 
@@ -91,6 +100,8 @@ def _zip_entries(archive: zipfile.ZipFile, inside: str) -> Iterable[Entry]:
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.file_size > MAX_FILE_BYTES:
         raise DataError(f"more than {MAX_FILE_BYTES:,} bytes")
+    if info.flag_bits & 1:
+        raise DataError("encrypted")
     return archive.read(info)
 
 
@@ -103,7 +114,7 @@ def _decode_all(
     if not found:
         hint = f" ({len(loose)} images lie outside of class folders)" if loose else ""
         raise DataError(f"{root} has no images in class folders{hint}; expected {root}/<class>/<image>.png")
-    classes = sorted({name.split("/")[0] for name, _ in found}, key=_natural)
+    classes = sorted({name.split("/")[0] for name, _ in found}, key=lambda name: (_natural(name), name))
     if len(classes) < 2:
         folders = {name.split("/")[1] for name, _ in found if name.count("/") > 1}
         hint = f"; did you mean {root}/{classes[0]}?" if folders else ""
@@ -111,9 +122,11 @@ def _decode_all(
     images, names, bad = [], [], []
     for name, read in found:
         try:
-            images.append(_decode(read(), image_size))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                images.append(_decode(read(), image_size))
             names.append(name)
-        except (OSError, ValueError, SyntaxError, DataError, zipfile.BadZipFile, MemoryError) as error:
+        except BROKEN as error:
             bad.append(f"{name!r} ({' '.join(str(error).split())[:80] or type(error).__name__})")
     if bad and (not skip_bad or len(bad) > 0.01 * len(found)):
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
@@ -135,7 +148,7 @@ def _decode_all(
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _decode(content: bytes, image_size: tuple[int, int] | None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """`.npz` files with images and labels."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ def read_npz(path: Path) -> LabeledImages:
     """
     if not path.is_file():
         raise DataError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path} is damaged or no .npz file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             image_key = next((key for key in IMAGES if key in arrays), None)
@@ -27,7 +30,7 @@ def read_npz(path: Path) -> LabeledImages:
                 raise DataError(f"{path} needs arrays `images` and `labels`, it has: {', '.join(arrays.files)}")
             images, labels = arrays[image_key], arrays[label_key]
             classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, MemoryError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, RuntimeError, MemoryError, zlib.error) as error:
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{path} is damaged or holds pickled objects: {reason}") from None
     try:

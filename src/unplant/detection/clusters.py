@@ -30,7 +30,9 @@ class Split:
     minor_share: Tensor
 
 
-def split_classes(layers: list[Tensor], labels: Tensor, num_classes: int, *, least_gain: float, dimensions: int = 10) -> Split:
+def split_classes(
+    layers: list[Tensor], labels: Tensor, num_classes: int, *, least_gain: float, dimensions: int = 10
+) -> Split:
     """Splits each class at the depth where two groups are most evident.
 
     Args:

@@ -17,21 +17,21 @@ from unplant.training import Change, Schedule, fit, steps_of
 class AdversarialConfig(EraserConfig):
     """Settings of Steps 1 and 2."""
 
-    eps: Pixel = Field(16 / 255, description="radius of the L∞ ball, in pixel units")
-    pgd_steps: int = Field(3, ge=1, le=1000, description="PGD steps a batch")
-    pgd_step_size: Share = Field(0.67, gt=0, description="length of a PGD step, as a share of eps")
-    random_start: bool = Field(True, description="PGD begins at a random point of the ball")
-    adversarial_share: Share = Field(0.5, description="share of each batch that is made adversarial")
+    eps: Pixel = Field(default=16 / 255, description="radius of the L∞ ball, in pixel units")
+    pgd_steps: int = Field(default=3, ge=1, le=1000, description="PGD steps a batch")
+    pgd_step_size: Share = Field(default=0.67, gt=0, description="length of a PGD step, as a share of eps")
+    random_start: bool = Field(default=True, description="PGD begins at a random point of the ball")
+    adversarial_share: Share = Field(default=0.5, description="share of each batch that is made adversarial")
 
 
 class AFTConfig(AdversarialConfig):
     """AFT on a small clean set. Deviations from the released code are in docs/method.md."""
 
-    schedule: Schedule = Field("cosine", description="learning rate within each part")
-    steps: int = Field(200, ge=1, description="adversarial steps")
-    clean_steps: int = Field(100, ge=0, description="plain steps afterwards, to get accuracy back")
-    epochs: Real | None = Field(None, gt=0, description="instead of `steps`: adversarial epochs")
-    clean_epochs: Real | None = Field(None, gt=0, description="instead of `clean_steps`: plain epochs")
+    schedule: Schedule = Field(default="cosine", description="learning rate within each part")
+    steps: int = Field(default=200, ge=1, description="adversarial steps")
+    clean_steps: int = Field(default=100, ge=0, description="plain steps afterwards, to get accuracy back")
+    epochs: Real | None = Field(default=None, gt=0, description="instead of `steps`: adversarial epochs")
+    clean_epochs: Real | None = Field(default=None, gt=0, description="instead of `clean_steps`: plain epochs")
 
 
 def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:

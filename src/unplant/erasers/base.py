@@ -1,6 +1,6 @@
 """What every eraser is: a function and a frozen config."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 

@@ -16,7 +16,7 @@ from unplant.training import fit, steps_of
 class FineTuneConfig(EraserConfig):
     """FT as BackdoorBench (Wu et al., NeurIPS 2022) and others set it: SGD at lr 0.01 on clean data."""
 
-    epochs: Real = Field(20, gt=0, description="passes over the data")
+    epochs: Real = Field(default=20, gt=0, description="passes over the data")
 
 
 def fine_tune(

@@ -31,19 +31,37 @@ from unplant.training import steps_of
 class PBEConfig(AdversarialConfig):
     """Settings of PBE; those of Steps 1 and 2 are among them."""
 
-    schedule: Literal["constant", "cosine", "one-cycle"] = Field("cosine", description="learning rate within a round")
-    initial: Literal["clusters", "random"] = Field("clusters", description="how the first D_ext is found")
-    initial_share: Share = Field(0.05, gt=0, description="random: share of the data")
-    least_gain: Real = Field(0.125, ge=0, description="clusters: nats an image from which a class is split in two")
-    balanced: Share = Field(0.25, description="clusters: share of the smaller group from which both are tried")
-    score: Literal["drop", "cosine"] = Field("drop", description="Step 3: of the label's probability, or of the logits")
-    threshold: Share = Field(0.5, description="Step 3: loss of probability of a suspect; sureness of a clean image")
-    shares: tuple[Share, ...] = Field((), description="Step 3: fixed shares for D_ext instead of the threshold")
-    rounds: int = Field(2, ge=1, le=1000, description="repetitions of Steps 1 to 3")
-    steps: int = Field(50, ge=1, description="adversarial steps a round")
-    epochs: Real | None = Field(None, gt=0, description="epochs a round: the first adversarial, the others `steps` only")
-    final_steps: int = Field(150, ge=0, description="steps of the ending, on D_ext and the relabelled suspects")
-    relabel: bool = Field(True, description="ending: suspects under the labels that the purified model gives them")
+    schedule: Literal["constant", "cosine", "one-cycle"] = Field(
+        default="cosine", description="learning rate within a round"
+    )
+    initial: Literal["clusters", "random"] = Field(default="clusters", description="how the first D_ext is found")
+    initial_share: Share = Field(default=0.05, gt=0, description="random: share of the data")
+    least_gain: Real = Field(
+        default=0.125, ge=0, description="clusters: nats an image from which a class is split in two"
+    )
+    balanced: Share = Field(default=0.25, description="clusters: share of the smaller group from which both are tried")
+    score: Literal["drop", "cosine"] = Field(
+        default="drop", description="Step 3: of the label's probability, or of the logits"
+    )
+    clean_below: Share = Field(
+        default=0.5, description="Step 3: loss of probability up to which an image is taken as clean"
+    )
+    suspect_above: Share = Field(
+        default=0.8, description="Step 3: loss of probability from which an image is a suspect"
+    )
+    sure_above: Share = Field(
+        default=0.5, description="probability that the purified model must give to a label it vouches for"
+    )
+    shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
+    rounds: int = Field(default=2, ge=1, le=1000, description="repetitions of Steps 1 to 3")
+    steps: int = Field(default=50, ge=1, description="adversarial steps a round")
+    epochs: Real | None = Field(
+        default=None, gt=0, description="epochs a round: the first adversarial, the others `steps` only"
+    )
+    final_steps: int = Field(default=150, ge=0, description="steps of the ending, on D_ext and the relabelled suspects")
+    relabel: bool = Field(
+        default=True, description="ending: suspects under the labels that the purified model gives them"
+    )
 
 
 def pbe(
@@ -71,9 +89,17 @@ def pbe(
     rounds: list[dict[str, Any]] = []
     extra_sets: list[Tensor] = []
 
-    def learn(start: nn.Module, extra: Tensor, steps: int, title: str, settings: PBEConfig = config, labels: Tensor = data.labels) -> nn.Module:
+    def learn(
+        start: nn.Module,
+        extra: Tensor,
+        steps: int,
+        title: str,
+        settings: PBEConfig = config,
+        labels: Tensor = data.labels,
+    ) -> nn.Module:
         chosen = data.relabel(labels).select(extra)
-        rounds.append({"step": title, "images": len(chosen), "steps": steps})
+        passes = steps * settings.batch_size * (1 + settings.adversarial_share * settings.pgd_steps) / len(data)
+        rounds.append({"step": title, "images": len(chosen), "steps": steps, "passes": round(passes, 2)})
         extra_sets.append(extra & (labels == data.labels))
         return adversarial_fine_tuning(
             start, chosen, settings, steps=steps, generator=generator, progress=progress, title=title
@@ -85,7 +111,8 @@ def pbe(
     else:
         examined = cross_examine(
             infected, data, lambda part, title: learn(infected, part, config.steps, title),
-            least_gain=config.least_gain, balanced=config.balanced, threshold=config.threshold,
+            least_gain=config.least_gain, balanced=config.balanced,
+            clean_below=config.clean_below, sure_above=config.sure_above,
         )  # fmt: skip
         extra = examined.extra_set
         rounds[-1] |= {
@@ -113,17 +140,17 @@ def pbe(
             extra = least_suspicious(suspicion, config.shares[min(number, len(config.shares) - 1)])
             suspects = ~extra
         else:
-            extra = surely_clean(suspicion, after, data.labels, config.threshold)
-            suspects = suspicion > config.threshold
+            extra = surely_clean(suspicion, after, data.labels, config.clean_below, config.sure_above)
+            suspects = suspicion > config.suspect_above
         rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum())}
 
     # Ending: the suspects teach what they show, instead of what they were labelled.
     if config.final_steps:
         labels = data.labels
         if config.relabel:
-            opinion, sure = second_opinion(after, data.labels, config.threshold)
+            opinion, sure = second_opinion(after, data.labels, config.sure_above)
             labels = torch.where(suspects, opinion, data.labels)
-            extra = (extra & ~suspects) | (suspects & sure)
+            extra = extra | (suspects & sure)
         purified = learn(purified, extra, config.final_steps, "ending", labels=labels)
     return Erasure(purified, suspicion, suspects, rounds, extra_sets)
 
@@ -138,9 +165,16 @@ erasers.add(
         presets={
             "released": {
                 **RELEASED,
-                "initial": "random", "initial_share": 0.05, "score": "cosine", "shares": (0.2, 0.5, 0.7), "rounds": 4,
-                "steps": 31, "epochs": 10, "final_steps": 0, "relabel": False,
+                "initial": "random",
+                "initial_share": 0.05,
+                "score": "cosine",
+                "shares": (0.2, 0.5, 0.7),
+                "rounds": 4,
+                "steps": 31,
+                "epochs": 10,
+                "final_steps": 0,
+                "relabel": False,
             }
-        },  # fmt: skip
+        },
     ),
 )

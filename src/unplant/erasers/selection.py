@@ -28,7 +28,7 @@ def cosine_score(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
 
 
 def drop_score(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
-    """p_infected(label) − p_purified(label): (N,), near 1 where the image got its label from a link that is now gone."""
+    """p_infected(label) − p_purified(label): (N,), near 1 where the label came from a link that is gone."""
     before, after = (out.softmax(1).gather(1, labels[:, None]).flatten() for out in (infected, purified))
     return before - after
 
@@ -37,26 +37,26 @@ SCORES = {"cosine": cosine_score, "drop": drop_score}
 
 
 def least_suspicious(suspicion: Tensor, share: float) -> Tensor:
-    """bool (N,): the share of images with the lowest suspicion, the released code's selection."""
+    """Bool (N,): the share of images with the lowest suspicion, the released code's selection."""
     chosen = torch.zeros(len(suspicion), dtype=torch.bool)
     chosen[suspicion.argsort(stable=True)[: round(share * len(suspicion))]] = True
     return chosen
 
 
-def surely_clean(suspicion: Tensor, purified: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """bool (N,): both models agree on the image's label, and the purified one is sure of it."""
-    sure = purified.softmax(1).gather(1, labels[:, None]).flatten() > threshold
-    return (suspicion < threshold) & sure
+def surely_clean(suspicion: Tensor, purified: Tensor, labels: Tensor, clean_below: float, sure_above: float) -> Tensor:
+    """Bool (N,): both models agree on the image's label, and the purified one is sure of it."""
+    sure = purified.softmax(1).gather(1, labels[:, None]).flatten() > sure_above
+    return (suspicion < clean_below) & sure
 
 
-def second_opinion(purified: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def second_opinion(purified: Tensor, labels: Tensor, sure_above: float) -> tuple[Tensor, Tensor]:
     """What the purified model would call each image if its own label were out of the question.
 
     Returns:
-        Labels (N,), and bool (N,): whether the model gives that label more than `threshold`.
+        Labels (N,), and bool (N,): whether the model gives that label more than `sure_above`.
     """
     chances, others = purified.softmax(1).scatter(1, labels[:, None], 0).max(1)
-    return others, chances > threshold
+    return others, chances > sure_above
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,14 @@ class Examination:
 
 
 def cross_examine(
-    infected: nn.Module, data: LabeledImages, purify: Purify, *, least_gain: float, balanced: float, threshold: float
+    infected: nn.Module,
+    data: LabeledImages,
+    purify: Purify,
+    *,
+    least_gain: float,
+    balanced: float,
+    clean_below: float,
+    sure_above: float,
 ) -> Examination:
     """The first D_ext: in each class the group of images that needs no link to be recognised.
 
@@ -100,5 +107,5 @@ def cross_examine(
                 left_out = torch.where(members, other, left_out)
                 suspicion = torch.where(members, other_suspicion, suspicion)
                 after = torch.where(members[:, None], other_after, after)
-    extra_set = surely_clean(suspicion, after, data.labels, threshold) & ~left_out
+    extra_set = surely_clean(suspicion, after, data.labels, clean_below, sure_above) & ~left_out
     return Examination(extra_set, split, left_out, suspicion)

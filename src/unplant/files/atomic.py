@@ -15,7 +15,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         WriteError: it can't be written; an old file is still there.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -76,9 +76,9 @@ class OutputFolder:
             if isinstance(error, OSError):
                 raise WriteError(f"can't write {self.path}: {error.strerror or error}") from error
             return
+        old = None
         try:
             self.part.chmod(0o755)
-            old = None
             if self.path.exists():
                 old = self.part.with_suffix(".old")
                 self.path.rename(old)
@@ -88,4 +88,6 @@ class OutputFolder:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as failure:
             shutil.rmtree(self.part, ignore_errors=True)
+            if old is not None and old.exists() and not self.path.exists():
+                old.rename(self.path)
             raise WriteError(f"can't write {self.path}: {failure.strerror or failure}") from failure

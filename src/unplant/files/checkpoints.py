@@ -55,8 +55,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ModelFileError: missing, damaged, unsafe, or no weights in it.
     """
     path = _regular_file(path)
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ModelFileError(f"can't read {path}: {error.strerror or error}") from None
     metadata: dict[str, Any] = {}
     if head[:2] == b"PK":
         loaded = _from_zip(path)
@@ -172,11 +175,13 @@ def _from_zip(path: Path) -> object:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
-            if any("/code/" in f"/{name}" or name.endswith("constants.pkl") for name in names):
+            # Inside the archive's own folder, which torch names after the file: models.pth holds models/data.pkl.
+            inner = [name.partition("/")[2] for name in names]
+            if any(name.startswith("code/") or name == "constants.pkl" for name in inner):
                 raise ModelFileError(
                     f"{path} is a TorchScript archive, a program; export its weights with torch.save(m.state_dict(), …)"
                 )
-            if any("archive_format" in name or "/models/" in f"/{name}" for name in names):
+            if any(name.startswith("models/") or name == "archive_format" for name in inner):
                 raise ModelFileError(f"{path} is an exported program (.pt2), which can run code; pass its state_dict")
             if not any(name.endswith("data.pkl") for name in names):
                 raise ModelFileError(f"{path} is a zip archive but no torch checkpoint (no data.pkl in it)")
@@ -225,7 +230,7 @@ def _unwrap(path: Path, loaded: object) -> dict[str, Tensor]:
         if len(found) > 1:
             raise ModelFileError(f"{path} holds several models ({', '.join(found)}); save the one you mean by itself")
         if not found:
-            keys = ", ".join(str(key)[:40] for key in list(loaded)[:10])
+            keys = ", ".join(key[:40] if isinstance(key, str) else type(key).__name__ for key in list(loaded)[:10])
             raise ModelFileError(f"{path} has no weights that unplant recognises; its keys are: {keys or 'none'}")
         loaded = loaded[found[0]]
     raise ModelFileError(f"{path} wraps its weights more than four times")

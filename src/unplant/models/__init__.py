@@ -2,8 +2,10 @@
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -38,7 +40,7 @@ def build(spec: str, *, num_classes: int, channels: int) -> nn.Module:
     try:
         network = factory(**settings)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelFileError(f"architecture {spec!r} can't be built: {error}") from error
+        raise ModelFileError(f"architecture {spec!r} can't be built: {str(error).splitlines()[0]}") from error
     if not isinstance(network, nn.Module):
         raise ModelFileError(f"architecture {spec!r} must return a torch.nn.Module, got {type(network).__name__}")
     return network
@@ -54,10 +56,11 @@ def _from_registry(spec: str) -> tuple[Callable[..., nn.Module], dict[str, objec
 def _from_file(path: Path, name: str) -> tuple[Callable[..., nn.Module], dict[str, object]]:
     if not path.is_file():
         raise UsageError(f"there is no architecture file {path}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"unplant_user_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UsageError(f"{path} can't be imported as Python")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickles look their module up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -65,4 +68,4 @@ def _from_file(path: Path, name: str) -> tuple[Callable[..., nn.Module], dict[st
     factory = getattr(module, name, None)
     if not callable(factory):
         raise UsageError(f"{path} has no factory {name!r}")
-    return factory, {}
+    return cast(Callable[..., nn.Module], factory), {}

@@ -5,6 +5,8 @@ from torch import nn
 
 def small_cnn(num_classes: int = 10, channels: int = 1, width: int = 32) -> nn.Sequential:
     """Four 3×3 convolutions with BatchNorm and ReLU, two max-poolings, global average, one linear layer."""
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
 
     def convolution(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]

@@ -1,0 +1,72 @@
+"""`unplant erase`: PBE on suspect data, AFT on clean data, from files to a folder of results."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unplant.cli.common import parse_numbers, read, read_attack, set_threads
+from unplant.cli.evaluate import scores_table
+from unplant.cli.output import emit, progress_bar, say, show
+from unplant.devices import pick_device, pick_precision
+from unplant.erasers import erasers
+from unplant.errors import UsageError
+from unplant.evaluation import evaluate
+from unplant.files import OutputFolder
+from unplant.params import parse_settings
+from unplant.runs import open_classifier, save_erasure
+
+
+def run(
+    *, model: Path, out: Path, suspect: str | None, clean: str | None, arch: str | None, method: str | None,
+    preset: str, settings: list[str] | None, eps: str | None, test: str | None, attack: str | None, target: int,
+    all_to_all: bool, max_images: int | None, seed: int, mean: str | None, std: str | None, image_size: str | None,
+    skip_bad_images: bool, device: str, precision: str, threads: int | None, force: bool, json: bool,
+) -> None:  # fmt: skip
+    """Checks every option before it reads data, and everything else before it trains."""
+    if (suspect is None) == (clean is None):
+        raise UsageError("pass exactly one: --suspect DATA (may be poisoned: PBE) or --clean DATA (you trust it: AFT)")
+    if attack is not None and test is None:
+        raise UsageError("--attack is for measuring: pass --test DATA too")
+    source = suspect or clean or ""
+    chosen = erasers[method or ("pbe" if suspect else "aft")]
+    if chosen.needs == "clean" and suspect and method is None:
+        raise UsageError(f"{chosen.name} needs --clean DATA")
+    if out.absolute() == model.absolute() or out.absolute() in model.absolute().parents:
+        raise UsageError(f"-o {out} would replace the model itself; choose another folder")
+    set_threads(threads)
+    where = pick_device(device)
+    wishes = {"precision": pick_precision(precision, where), **parse_settings(settings or [])}
+    if eps is not None:
+        wishes["eps"] = parse_settings([f"eps={eps}"])["eps"]
+    config = chosen.configure(preset, **wishes)
+    known = read_attack(attack, target=target, all_to_all=all_to_all)
+
+    with OutputFolder(out, force=force) as folder:
+        data = read(source, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
+        test_data = read(test, image_size=image_size, skip_bad=skip_bad_images) if test else None
+        means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
+        infected, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
+        infected.to(where)
+        with progress_bar() as progress:
+            generator = torch.Generator().manual_seed(seed)
+            erasure = chosen.run(infected, data, config, generator=generator, progress=progress)
+        about: dict[str, Any] = {
+            "method": chosen.name,
+            "preset": preset,
+            "seed": seed,
+            "model": str(model),
+            "data": source,
+        }
+        before = evaluate(infected, test_data, known) if test_data is not None else None
+        after = evaluate(erasure.model, test_data, known) if test_data is not None else None
+        scores = {"before": before.to_json() if before else None, "after": after.to_json() if after else None}
+        result = save_erasure(folder, erasure, data, card, config, {"command": "erase", **about, **scores})
+    if json:
+        emit(result)
+        return
+    if before and after:
+        show(scores_table({"infected": before, "purified": after}))
+    if erasure.suspects is not None:
+        say(f"{result['suspects']} of {len(data)} training images look poisoned: {out / 'suspects.csv'}")
+    say(f"Purified model: {out / 'model.safetensors'}")

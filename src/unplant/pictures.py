@@ -1,0 +1,44 @@
+"""Pictures for people: grids of images, without pyplot and without a display."""
+
+import io
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from unplant.images import LabeledImages
+
+
+def grid(rows: Sequence[tuple[str, Tensor, Sequence[str]]], *, scale: float = 0.9) -> bytes:
+    """A PNG with one row of pictures per (title, uint8 images (n, C, H, W), captions).
+
+    Bytes, so that the caller writes them atomically.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max((len(images) for _, images, _ in rows), default=1)
+    figure = Figure(figsize=(scale * columns + 0.4, (scale + 0.45) * len(rows) + 0.2))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (title, images, captions) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image, caption in zip(line, images, captions, strict=False):
+            picture = image.permute(1, 2, 0).numpy()
+            axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+            axis.set_title(caption, fontsize=7, pad=2)
+        line[0].text(0, 1.35, title, transform=line[0].transAxes, fontsize=9, fontweight="bold", va="bottom")
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.86, bottom=0.02, hspace=0.75, wspace=0.08)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def suspects(data: LabeledImages, ranked: Tensor, suspicion: Tensor, count: int = 24) -> bytes:
+    """The most suspicious images with the labels they came with, at most 12 in a row."""
+    chosen = ranked[:count]
+    rows = []
+    for start in range(0, max(1, len(chosen)), 12):
+        part = chosen[start : start + 12]
+        captions = [f"{data.classes[int(data.labels[i])]} ({float(suspicion[i]):.2f})" for i in part]
+        title = "Top suspects: label in the training set (suspicion)" if start == 0 else ""
+        rows.append((title, data.images[part], captions))
+    return grid(rows)
