@@ -469,13 +469,24 @@ def test_a_bad_folder_is_one_line_with_its_path(tmp_path, make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_links_within_the_folder_are_read_and_linked_folders_outside_are_not(tmp_path):
-    root, outside = tree(tmp_path / "data"), tree(tmp_path / "outside")
+def test_links_within_the_folder_are_read(tmp_path):
+    root = tree(tmp_path / "data")
     (root / "cat" / "z.png").symlink_to(root / "dog" / "0.png")
-    (root / "emu").symlink_to(outside / "cat")
     data = read_folder(root)
-    assert data.classes == ("cat", "dog")
     assert torch.equal(data.images[data.names.index("cat/z.png")], data.images[data.names.index("dog/0.png")])
+
+
+@pytest.mark.parametrize("kind", ["linked outside", "empty", "no images"])
+def test_a_class_folder_without_images_of_its_own_stops_so_that_labels_are_not_miscounted(tmp_path, kind):
+    root, outside = tree(tmp_path / "data"), tree(tmp_path / "outside")
+    if kind == "linked outside":
+        (root / "bee").symlink_to(outside / "cat")
+    else:
+        (root / "bee").mkdir()
+    if kind == "no images":
+        (root / "bee" / "notes.txt").write_text("none")
+    with pytest.raises(DataError, match="class folders bee"):
+        read_folder(root)
 
 
 def damaged_member(path):

@@ -617,6 +617,20 @@ def test_a_python_file_named_in_a_file_is_never_run(tmp_path, trained, digits_te
     assert marker.exists()
 
 
+def test_a_card_cannot_make_us_allocate_a_larger_net_than_its_file_holds(tmp_path, trained, digits_test, monkeypatch):
+    places = []
+
+    def watched(*arguments, **settings):
+        places.append(torch.empty(0).device.type)
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr("unplant.runs.build", watched)
+    path = with_card(tmp_path / "a.safetensors", trained, {"arch": "preact_resnet18:width=256"})
+    with pytest.raises(ModelFileError, match="doesn't fit the architecture"):
+        open_classifier(path, digits_test)
+    assert places == ["meta"]
+
+
 @pytest.mark.parametrize(
     "card",
     [

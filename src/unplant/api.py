@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unplant.classifier import check_fits
+from unplant.classifier import check_fits, check_knows
 from unplant.data import open_data
 from unplant.erasers import EraserConfig, erasers
 from unplant.errors import UsageError
@@ -40,7 +40,7 @@ def erase(
     Raises:
         UsageError: not exactly one of `suspect` and `clean`, or a method that needs the other one.
         DataError: the data can't be read.
-        ModelFileError: the model doesn't return logits for these images.
+        ModelFileError: the model doesn't return logits for these images, or knows nothing about them.
     """
     if (suspect is None) == (clean is None):
         raise UsageError("pass exactly one: suspect data (PBE) or clean data (AFT)")
@@ -52,5 +52,6 @@ def erase(
         raise UsageError(f"{chosen.name} needs a {chosen.config.__name__}, got a {type(config).__name__}")
     data = open_data(suspect if suspect is not None else clean)
     check_fits(model, data)
+    check_knows(model, data)
     generator = torch.Generator().manual_seed(seed)
     return chosen.run(model, data, config or chosen.configure(), generator=generator, progress=progress)

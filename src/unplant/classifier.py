@@ -1,5 +1,6 @@
 """The contract of a model: float pixels (N, C, H, W) in [0, 1] in, logits (N, K) out."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -154,3 +155,21 @@ def check_fits(model: nn.Module, data: LabeledImages) -> int:
     if out.shape[1] < data.num_classes:
         raise ModelFileError(f"the model has {out.shape[1]} classes, the data {data.num_classes}")
     return out.shape[1]
+
+
+def check_knows(model: nn.Module, data: LabeledImages) -> None:
+    """Refuses a model that does no better on (at most 1,000 of) the images than always saying the commonest label.
+
+    Raises:
+        ModelFileError: it knows nothing about these images.
+    """
+    part = data.sample(1000, torch.Generator().manual_seed(0))
+    if len(part) < 50:
+        return
+    accuracy = float((logits(model, part).argmax(1) == part.labels).float().mean())
+    guess = float(torch.bincount(part.labels).max()) / len(part)
+    if accuracy <= guess + 2 * math.sqrt(guess * (1 - guess) / len(part)):
+        raise ModelFileError(
+            f"the model gets {accuracy:.1%} of the data's labels right, no more than guessing ({guess:.1%}); "
+            "check --mean and --std, the order of the classes, and whether these are its weights and data"
+        )

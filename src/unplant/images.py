@@ -54,6 +54,10 @@ class LabeledImages:
             problems.append(
                 f"labels must lie in [0, {len(self.classes)}), got {int(self.labels.min())}..{int(self.labels.max())}"
             )
+        if len(set(self.classes)) != len(self.classes):
+            problems.append("class names must differ from each other")
+        if self.names is not None and len(self.names) != len(self.images):
+            problems.append(f"there must be {len(self.images)} names, got {len(self.names)}")
         if problems:
             raise DataError("; ".join(problems))
 
@@ -144,6 +148,25 @@ class LabeledImages:
             chosen = chosen.nonzero().flatten()
         names = tuple(self.names[i] for i in chosen.tolist()) if self.names is not None else None
         return LabeledImages(self.images[chosen], self.labels[chosen], self.classes, names)
+
+    def with_classes(self, classes: tuple[str, ...]) -> "LabeledImages":
+        """The same images with labels that count in a model's classes: by name, or as they are if they have no names.
+
+        Raises:
+            DataError: a class is none of the model's.
+        """
+        if self.classes == classes:
+            return self
+        if self.classes == tuple(str(k) for k in range(self.num_classes)) and self.num_classes <= len(classes):
+            return replace(self, classes=classes)
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown:
+            raise DataError(
+                f"the data has classes that the model doesn't have: {', '.join(unknown[:5])}; "
+                f"the model's are {', '.join(classes[:10])}"
+            )
+        place = torch.tensor([classes.index(name) for name in self.classes])
+        return replace(self, labels=place[self.labels], classes=classes)
 
     def relabel(self, labels: Tensor) -> "LabeledImages":
         """The same images under other labels."""

@@ -1,6 +1,7 @@
 """Scores as pure functions of arrays: fractions in [0, 1], None where nothing was counted."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,9 +25,9 @@ def upper_bound(hits: int, count: int, confidence: float = 0.95) -> float | None
     """
     if count == 0:
         return None
-    from scipy.stats import norm
-
-    z = float(norm.ppf(confidence))
+    if hits == count:
+        return 1.0
+    z = NormalDist().inv_cdf(confidence)
     rate = hits / count
     centre = rate + z * z / (2 * count)
     spread = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))

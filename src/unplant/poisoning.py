@@ -96,9 +96,11 @@ class Attack(Config):
 def parse_attack(spec: str, **recipe: Any) -> Attack:
     """An attack from `badnets`, `badnets:size=4,pattern=white`, `sig:preset=pbe`, or JSON as `plant` writes it."""
     if spec.lstrip().startswith("{"):
+        if recipe:
+            raise UsageError("an attack's JSON already says target, label map and rate; leave the other options out")
         try:
             return Attack.from_json(json.loads(spec))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UsageError(f"the attack's JSON is damaged: {error}") from None
     name, settings = parse_spec(spec)
     kind = triggers[name]

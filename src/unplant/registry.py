@@ -41,6 +41,10 @@ class Registry(Mapping[str, T], Generic[T]):
         except KeyError:
             raise UsageError(f"unknown {self.kind} {name!r}; there are: {', '.join(sorted(self))}") from None
 
+    def get(self, name: str, default: T | None = None) -> T | None:  # type: ignore[override]
+        """The thing of that name, or the default."""
+        return self._things.get(name, default)
+
     def __contains__(self, name: object) -> bool:
         return name in self._things
 

@@ -17,7 +17,7 @@ from unplant.classifier import Classifier, check_fits
 from unplant.errors import ModelFileError, UsageError
 from unplant.files import check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
 from unplant.images import LabeledImages
-from unplant.models import build
+from unplant.models import architectures, build
 from unplant.params import Config, Real
 from unplant.results import Erasure
 
@@ -103,6 +103,8 @@ def open_classifier(
         if card.arch is None or ".py" in card.arch:
             raise UsageError(f"{path} needs --arch: a registered id, or path/to/file.py:factory")
         arch = card.arch
+        if arch.partition(":")[0] not in architectures:
+            raise ModelFileError(f"{checkpoint.path} names an unknown architecture, {arch!r}; pass --arch")
     card = card.but(
         arch=arch,
         classes=card.classes or data.classes,

@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 5
     except Exception as error:
-        message = getattr(error, "format_message", None)  # the usage errors of typer, and of click in its older versions
+        message = getattr(
+            error, "format_message", None
+        )  # the usage errors of typer, and of click in its older versions
         if message is not None:
             code = _fail(message() or "no command given; try unplant --help", 2)
         elif debug:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from unplant.classifier import check_knows
 from unplant.cli.common import parse_numbers, read, read_attack, set_threads
 from unplant.cli.evaluate import scores_table
 from unplant.cli.output import emit, progress_bar, say, show
@@ -30,8 +31,8 @@ def run(
         raise UsageError("--attack is for measuring: pass --test DATA too")
     source = suspect or clean or ""
     chosen = erasers[method or ("pbe" if suspect else "aft")]
-    if chosen.needs == "clean" and suspect and method is None:
-        raise UsageError(f"{chosen.name} needs --clean DATA")
+    if chosen.needs != ("suspect" if suspect else "clean"):
+        raise UsageError(f"{chosen.name} needs --{chosen.needs} DATA")
     if out.absolute() == model.absolute() or out.absolute() in model.absolute().parents:
         raise UsageError(f"-o {out} would replace the model itself; choose another folder")
     set_threads(threads)
@@ -48,6 +49,9 @@ def run(
         means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
         infected, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
         infected.to(where)
+        data = data.with_classes(card.classes)
+        test_data = test_data.with_classes(card.classes) if test_data is not None else None
+        check_knows(infected, data)
         with progress_bar() as progress:
             generator = torch.Generator().manual_seed(seed)
             erasure = chosen.run(infected, data, config, generator=generator, progress=progress)

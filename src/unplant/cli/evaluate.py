@@ -24,6 +24,7 @@ def run(
     data = read(test, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     classifier, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
+    data = data.with_classes(card.classes)
     scores = evaluate(classifier.to(where), data, known)
     if json:
         about = {"model": str(model), "arch": card.arch, "test": data.fingerprint(), "environment": environment()}

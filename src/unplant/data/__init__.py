@@ -30,6 +30,8 @@ def open_data(source: Any, *, image_size: tuple[int, int] | None = None, skip_ba
     if not isinstance(source, (str, Path)):
         return LabeledImages.from_dataset(source)
     text = str(source)
+    if image_size is not None and (text.startswith(("digits", "npz:")) or text.endswith(".npz")):
+        raise DataError(f"--image-size resizes folders and zips of images, not {text}")
     if text == "digits" or text.startswith("digits:"):
         part, _, seed = text.partition(":")[2].partition(",seed=")
         if seed and not (seed.isascii() and seed.isdigit() and len(seed) <= 9):

@@ -50,7 +50,14 @@ def read_folder(path: Path, *, image_size: tuple[int, int] | None = None, skip_b
             raise DataError(f"there is no data at {path}")
         if not path.is_dir():
             raise DataError(f"{path} is neither a folder, a zip nor an .npz file")
-        return _decode_all(path, _folder_entries(path), image_size, skip_bad)
+        data = _decode_all(path, _folder_entries(path), image_size, skip_bad)
+        folders = {item.name for item in path.iterdir() if item.is_dir() and not item.name.startswith(".")}
+        if empty := sorted(folders - set(data.classes)):
+            raise DataError(
+                f"{path}: no images in the class folders {', '.join(empty[:10])}; "
+                "remove them, or the labels would be counted wrongly"
+            )
+        return data
     try:
         with zipfile.ZipFile(archive) as file:
             return _decode_all(path, _zip_entries(file, inside), image_size, skip_bad)
@@ -67,7 +74,7 @@ def _split_zip(path: Path) -> tuple[Path | None, str]:
 
 def _folder_entries(root: Path) -> Iterable[Entry]:
     real_root = root.resolve()
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
@@ -76,6 +83,10 @@ def _folder_entries(root: Path) -> Iterable[Entry]:
             if not Path(os.path.realpath(path)).is_relative_to(real_root):
                 raise DataError(f"{path} is a link out of {root}; nothing outside the folder is read")
             yield path.relative_to(root).as_posix(), lambda path=path: _read_file(path)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"can't read {error.filename}: {error.strerror}") from None
 
 
 def _read_file(path: Path) -> bytes:
@@ -160,7 +171,9 @@ def _decode(content: bytes, image_size: tuple[int, int] | None) -> np.ndarray:
             raise DataError("animated")
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
+        if image.mode == "F":
+            raise DataError("floating-point pixels")
+        if image.mode.startswith("I"):
             # Pillow would clip 16-bit greys to white instead of scaling them.
             grey = np.asarray(image, dtype=np.float64)
             image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))

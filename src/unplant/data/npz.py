@@ -11,6 +11,9 @@ from unplant.images import LabeledImages
 
 IMAGES, LABELS = ("images", "x", "x_train", "data", "arr_0"), ("labels", "y", "y_train", "arr_1")
 
+MAX_BYTES = 8 * 2**30
+"""Archives that unpack to more are refused before they are read."""
+
 
 def read_npz(path: Path) -> LabeledImages:
     """Images (under `images`, `x`, …) and labels (under `labels`, `y`, …), optionally `classes`; no pickles.
@@ -22,6 +25,10 @@ def read_npz(path: Path) -> LabeledImages:
         raise DataError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is damaged or no .npz file")
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > MAX_BYTES:
+        raise DataError(f"{path} unpacks to {unpacked:,} bytes, more than the limit of {MAX_BYTES:,}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             image_key = next((key for key in IMAGES if key in arrays), None)

@@ -44,11 +44,15 @@ def split_classes(
     """
     minor = torch.zeros(len(labels), dtype=torch.bool)
     gain, share = torch.zeros(num_classes), torch.zeros(num_classes)
+    scales = [layer.std(0).clamp(min=1e-6) for layer in layers]  # every channel counts alike
     for label in range(num_classes):
         members = (labels == label).nonzero().flatten()
         if len(members) < max(SMALLEST_CLASS, 4 * dimensions):
             continue
-        found = [_two_groups(layer[members].numpy(), dimensions) for layer in layers]
+        found = [
+            _two_groups((layer[members] / scale).numpy(), dimensions)
+            for layer, scale in zip(layers, scales, strict=True)
+        ]
         best_gain, best_minor = max(found, key=lambda pair: pair[0])
         gain[label] = best_gain
         if best_gain >= least_gain:

@@ -56,7 +56,7 @@ class Method:
     run: EraserFunction
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def configure(self, preset: str = "default", **settings: Any) -> EraserConfig:
+    def configure(self, preset: str = "default", /, **settings: Any) -> EraserConfig:
         """The settings of a preset, with changes.
 
         Raises:

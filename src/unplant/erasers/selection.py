@@ -33,20 +33,26 @@ def drop_score(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
     return before - after
 
 
+FLOOR = 0.05
+"""The smallest D_ext, as a share of the data: the size of the first one in the released code."""
+
 SCORES = {"cosine": cosine_score, "drop": drop_score}
 
 
 def least_suspicious(suspicion: Tensor, share: float) -> Tensor:
     """Bool (N,): the share of images with the lowest suspicion, the released code's selection."""
     chosen = torch.zeros(len(suspicion), dtype=torch.bool)
-    chosen[suspicion.argsort(stable=True)[: round(share * len(suspicion))]] = True
+    chosen[suspicion.argsort(stable=True)[: max(2, round(share * len(suspicion)))]] = True
     return chosen
 
 
 def surely_clean(suspicion: Tensor, purified: Tensor, labels: Tensor, clean_below: float, sure_above: float) -> Tensor:
-    """Bool (N,): both models agree on the image's label, and the purified one is sure of it."""
+    """Bool (N,): both models agree on the image's label, and the purified one is sure of it.
+
+    Never less than the least suspicious 5 %, so that a hard data set doesn't end the run.
+    """
     sure = purified.softmax(1).gather(1, labels[:, None]).flatten() > sure_above
-    return (suspicion < clean_below) & sure
+    return (suspicion < clean_below) & sure | least_suspicious(suspicion, FLOOR)
 
 
 def second_opinion(purified: Tensor, labels: Tensor, sure_above: float) -> tuple[Tensor, Tensor]:
@@ -107,5 +113,6 @@ def cross_examine(
                 left_out = torch.where(members, other, left_out)
                 suspicion = torch.where(members, other_suspicion, suspicion)
                 after = torch.where(members[:, None], other_after, after)
-    extra_set = surely_clean(suspicion, after, data.labels, clean_below, sure_above) & ~left_out
+    trusted = torch.where(left_out, suspicion.max() + 1, suspicion)
+    extra_set = surely_clean(trusted, after, data.labels, clean_below, sure_above)
     return Examination(extra_set, split, left_out, suspicion)

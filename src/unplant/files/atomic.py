@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -67,13 +68,18 @@ class OutputFolder:
         except OSError as error:
             raise WriteError(f"can't write {path}: {error.strerror or error}") from error
 
+    def _is_ours(self, error: OSError) -> bool:
+        """Whether writing here failed, not reading elsewhere."""
+        inside = isinstance(error.filename, (str, Path)) and Path(error.filename).is_relative_to(self.part)
+        return inside or error.errno in {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
+
     def __enter__(self) -> Path:
         return self.part
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
             shutil.rmtree(self.part, ignore_errors=True)
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and self._is_ours(error):
                 raise WriteError(f"can't write {self.path}: {error.strerror or error}") from error
             return
         old = None

@@ -111,10 +111,18 @@ def load_into(network: nn.Module, checkpoint: Checkpoint) -> None:
     """
     check_fits_weights(network, checkpoint)
     weights = checkpoint.weights
-    broken = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    own = network.state_dict()
+    kinds = [key for key, value in weights.items() if value.is_floating_point() != own[key].is_floating_point()]
+    if kinds:
+        raise ModelFileError(
+            f"{checkpoint.path}: {kinds[0]} is {weights[kinds[0]].dtype}, the network's {own[kinds[0]].dtype}; "
+            "save float weights"
+        )
+    cast = {key: value.to(own[key].dtype) for key, value in weights.items()}
+    broken = [key for key, value in cast.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise ModelFileError(f"{checkpoint.path} has NaN or infinite weights in {', '.join(broken[:10])}")
-    network.load_state_dict(weights, strict=False)
+    network.load_state_dict(cast, strict=False)
 
 
 def save_weights(path: Path, network: nn.Module, metadata: dict[str, Any]) -> None:

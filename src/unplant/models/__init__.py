@@ -33,8 +33,9 @@ def build(spec: str, *, num_classes: int, channels: int) -> nn.Module:
     factory, settings = _from_file(Path(path), name) if path.endswith(".py") else _from_registry(spec)
     known = inspect.signature(factory).parameters
     given = {"num_classes": num_classes, "channels": channels}
-    settings = {key: value for key, value in given.items() if key in known} | settings
-    unknown = settings.keys() - known.keys()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    settings = {key: value for key, value in given.items() if key in known or takes_all} | settings
+    unknown = set() if takes_all else settings.keys() - known.keys()
     if unknown:
         raise UsageError(f"architecture {spec!r}: no setting {sorted(unknown)[0]!r}; there are: {', '.join(known)}")
     try:

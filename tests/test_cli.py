@@ -1,0 +1,258 @@
+"""The command line: two ways through it that work, and every wrong turn with one clear line and the right exit code."""
+
+import csv
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from unplant.cli import main
+from unplant.data import digits, write_folder
+from unplant.images import LabeledImages
+from unplant.runs import ModelCard, save_classifier
+
+QUICK = ["--set", "steps=2", "--set", "final_steps=2", "--set", "rounds=1", "--set", "pgd_steps=1"]
+
+
+def call(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(part) for part in arguments])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory, trained):
+    """A folder with a good model, a good data set and an array of bad things."""
+    root = tmp_path_factory.mktemp("workshop")
+    data = digits("test")
+    card = ModelCard(
+        arch="small_cnn:width=8",
+        classes=data.classes,
+        mean=tuple(trained.mean.flatten().tolist()),
+        std=tuple(trained.std.flatten().tolist()),
+        shape=data.shape,
+    )
+    save_classifier(root / "model.safetensors", trained, card)
+    (root / "data").mkdir()
+    write_folder(data.sample(200, torch.Generator().manual_seed(0)), root / "data")
+    (root / "empty").mkdir()
+    (root / "text").mkdir()
+    for name in ("a", "b"):
+        (root / "text" / name).mkdir()
+        (root / "text" / name / "notes.txt").write_text("no image")
+    return root
+
+
+def everything_below(folder):
+    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*"))
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.marker,))
+
+
+def hostile(path, marker):
+    """A torch checkpoint whose pickle runs code."""
+    torch.save({"weight": torch.zeros(2), "payload": Payload(marker)}, path)
+
+
+WRONG = {
+    # what: (arguments after `erase`, exit code, words of the message)
+    "no such model": (["{w}/nowhere.pth", "--arch", "small_cnn", "--suspect", "{w}/data"], 3, "nowhere.pth"),
+    "a model that runs code": (["{w}/hostile.pth", "--arch", "small_cnn", "--suspect", "{w}/data"], 3, "hostile.pth"),
+    "a model of text": (["{w}/page.pth", "--arch", "small_cnn", "--suspect", "{w}/data"], 3, "HTML"),
+    "a model without an architecture": (["{w}/plain.pth", "--suspect", "{w}/data"], 2, "--arch"),
+    "another architecture": (
+        ["{w}/model.safetensors", "--arch", "small_cnn:width=4", "--suspect", "{w}/data"], 3, "doesn't fit"),
+    "an unknown architecture": (["{w}/model.safetensors", "--arch", "vgg99", "--suspect", "{w}/data"], 2, "small_cnn"),
+    "a missing architecture file": (
+        ["{w}/model.safetensors", "--arch", "{w}/no.py:net", "--suspect", "{w}/data"], 2, "no.py"),
+    "no such data": (["{w}/model.safetensors", "--suspect", "{w}/nowhere"], 4, "nowhere"),
+    "a folder without images": (["{w}/model.safetensors", "--suspect", "{w}/empty"], 4, "no images"),
+    "a folder of text files": (["{w}/model.safetensors", "--suspect", "{w}/text"], 4, "no images"),
+    "one class only": (["{w}/model.safetensors", "--suspect", "{w}/data/3"], 4, "{w}/data/3"),
+    "too many classes": (["{w}/model.safetensors", "--suspect", "{w}/eleven"], 3, "classes"),
+    "colour images for a grey model": (["{w}/model.safetensors", "--suspect", "{w}/colour"], 3, "shape"),
+    "labels that the model doesn't know": (["{w}/model.safetensors", "--suspect", "{w}/shuffled.npz"], 3, "guessing"),
+    "eps in grey levels": (["{w}/model.safetensors", "--suspect", "{w}/data", "--eps", "8"], 2, "8/255"),
+    "eps below 0": (["{w}/model.safetensors", "--suspect", "{w}/data", "--eps", "-0.1"], 2, "eps"),
+    "eps that is no number": (["{w}/model.safetensors", "--suspect", "{w}/data", "--eps", "much"], 2, "eps"),
+    "steps 0": (["{w}/model.safetensors", "--suspect", "{w}/data", "--set", "steps=0"], 2, "steps"),
+    "lr nan": (["{w}/model.safetensors", "--suspect", "{w}/data", "--set", "lr=nan"], 2, "lr"),
+    "an unknown setting": (["{w}/model.safetensors", "--suspect", "{w}/data", "--set", "speed=9"], 2, "speed"),
+    "a setting without a value": (["{w}/model.safetensors", "--suspect", "{w}/data", "--set", "lr"], 2, "NAME=VALUE"),
+    "an unknown preset": (["{w}/model.safetensors", "--suspect", "{w}/data", "--preset", "magic"], 2, "released"),
+    "an unknown method": (["{w}/model.safetensors", "--suspect", "{w}/data", "--method", "magic"], 2, "pbe"),
+    "a method that needs clean data": (
+        ["{w}/model.safetensors", "--suspect", "{w}/data", "--method", "aft"], 2, "clean"),
+    "neither suspect nor clean": (["{w}/model.safetensors"], 2, "--suspect"),
+    "both suspect and clean": (
+        ["{w}/model.safetensors", "--suspect", "{w}/data", "--clean", "{w}/data"], 2, "exactly one"),
+    "an unknown device": (["{w}/model.safetensors", "--suspect", "{w}/data", "--device", "toaster"], 2, "toaster"),
+    "an attack without test images": (
+        ["{w}/model.safetensors", "--suspect", "{w}/data", "--attack", "badnets"], 2, "--test"),
+    "an unknown option": (["{w}/model.safetensors", "--suspect", "{w}/data", "--quick"], 2, "--quick"),
+    "an image size without a height": (
+        ["{w}/model.safetensors", "--suspect", "{w}/data", "--image-size", "32"], 2, "WIDTHxHEIGHT"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wrong_things(workshop):
+    hostile(workshop / "hostile.pth", workshop / "it-ran")
+    (workshop / "page.pth").write_text("<!DOCTYPE html><html></html>")
+    torch.save({"weight": torch.zeros(2)}, workshop / "plain.pth")
+    for name, count, channels in (("eleven", 11, 1), ("colour", 10, 3)):
+        (workshop / name).mkdir()
+        images = torch.randint(0, 256, (count * 5, channels, 16, 16), dtype=torch.uint8)
+        classes = tuple(str(k) for k in range(count))
+        write_folder(LabeledImages(images, torch.arange(count * 5) % count, classes), workshop / name)
+    data = digits("test")
+    np.savez(
+        workshop / "shuffled.npz", images=data.images.numpy(), labels=np.random.default_rng(0).permutation(data.labels)
+    )
+    return workshop
+
+
+@pytest.mark.parametrize("what", WRONG, ids=str)
+def test_a_wrong_call_gives_one_line_and_its_exit_code_and_writes_nothing(what, wrong_things, capsys):
+    arguments, code, words = WRONG[what]
+    before = everything_below(wrong_things)
+    filled = [part.format(w=wrong_things) for part in arguments]
+    got, out, err = call(capsys, "erase", *filled, "-o", wrong_things / "out")
+    assert (got, out) == (code, "")
+    assert len(err.strip().splitlines()) == 1
+    assert words.format(w=wrong_things) in err
+    assert everything_below(wrong_things) == before
+    assert not (wrong_things / "it-ran").exists()
+
+
+def test_the_hostile_checkpoint_of_these_tests_would_run(tmp_path):
+    """Without our gate the payload does run: the test above can fail."""
+    hostile(tmp_path / "hostile.pth", tmp_path / "ran")
+    torch.load(tmp_path / "hostile.pth", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_an_existing_output_is_kept_unless_forced(workshop, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    arguments = ["erase", workshop / "model.safetensors", "--suspect", workshop / "data", "-o", mine, *QUICK]
+    code, _, err = call(capsys, *arguments)
+    assert (code, "--force" in err) == (5, True)
+    code, _, err = call(capsys, *arguments, "--force")
+    assert (code, "not a folder that unplant wrote" in err) == (5, True)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_output_may_not_replace_the_model(workshop, capsys):
+    code, _, err = call(
+        capsys, "erase", workshop / "model.safetensors", "--suspect", workshop / "data", "-o", workshop, "--force"
+    )
+    assert code == 2
+    assert "another folder" in err
+    assert (workshop / "model.safetensors").exists()
+
+
+def test_output_needs_an_existing_parent(workshop, tmp_path, capsys):
+    code, _, err = call(
+        capsys, "erase", workshop / "model.safetensors", "--suspect", workshop / "data", "-o", tmp_path / "a" / "b"
+    )
+    assert code == 5
+    assert "no folder" in err
+
+
+def test_plant_evaluate_and_erase_work_on_files(tmp_path, capsys):
+    """The researcher's way: nothing of the truth is in the folder that the defender gets."""
+    planted, erased = tmp_path / "planted", tmp_path / "erased"
+    fast = ["--arch", "small_cnn:width=8", "--set", "epochs=4", "--set", "batch_size=32"]
+    code, out, _ = call(
+        capsys, "plant", "digits:train", "--attack", "badnets", "--test", "digits:test", *fast, "-o", planted, "--json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert result["scores"]["asr"] > 0.9
+    assert result["poisoned"] == 144
+    rows = list(csv.DictReader(io.StringIO((planted / "truth" / "poison.csv").read_text())))
+    assert sum(int(row["poisoned"]) for row in rows) == 144
+    assert all((planted / "suspect" / row["file"]).is_file() for row in rows)
+    assert sorted(p.name for p in (planted / "suspect").iterdir()) == list("0123456789")
+
+    code, out, _ = call(
+        capsys, "evaluate", planted, "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["scores"] == result["scores"]
+
+    code, out, err = call(
+        capsys, "erase", planted, "--suspect", planted / "suspect", "-o", erased, *QUICK,
+        "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["before"] == result["scores"]
+    assert 0 <= report["after"]["acc"] <= 1
+    assert json.loads((erased / "result.json").read_text()) == report
+    assert json.loads((erased / "config.json").read_text())["eraser"]["steps"] == 2
+    suspects = list(csv.DictReader(io.StringIO((erased / "suspects.csv").read_text())))
+    assert len(suspects) == report["suspects"]
+    assert all((planted / "suspect" / row["file"]).is_file() for row in suspects)
+    scores = [float(row["suspicion"]) for row in suspects]
+    assert scores == sorted(scores, reverse=True)
+
+    code, out, _ = call(
+        capsys, "evaluate", erased, "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json"
+    )
+    assert json.loads(out)["scores"] == report["after"]
+
+
+def test_clean_data_means_aft(workshop, tmp_path, capsys):
+    out_folder = tmp_path / "out"
+    code, out, _ = call(
+        capsys, "erase", workshop / "model.safetensors", "--clean", workshop / "data", "-o", out_folder,
+        "--set", "steps=2", "--set", "clean_steps=1", "--json",
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(out)
+    assert (report["method"], report["suspects"], report["before"]) == ("aft", None, None)
+    assert not (out_folder / "suspects.csv").exists()
+
+
+def test_two_runs_give_the_same_weights(workshop, tmp_path, capsys):
+    weights = []
+    for name in ("a", "b"):
+        arguments = ["erase", workshop / "model.safetensors", "--suspect", workshop / "data", "-o", tmp_path / name]
+        code, _, _ = call(capsys, *arguments, *QUICK, "--json")
+        assert code == 0
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_methods_lists_every_setting_with_its_default(capsys):
+    code, out, _ = call(capsys, "methods", "--json")
+    assert code == 0
+    listed = json.loads(out)
+    assert {"pbe", "aft", "fine_tune"} <= set(listed["erasers"])
+    assert {"badnets", "blended", "sig"} <= set(listed["attacks"])
+    assert listed["erasers"]["pbe"]["settings"]["eps"]["default"] == pytest.approx(16 / 255)
+    code, out, _ = call(capsys, "methods")
+    assert code == 0
+    assert "attack sig" in out
+
+
+def test_version_is_printed(capsys):
+    import unplant
+
+    assert call(capsys, "--version")[:2] == (0, f"{unplant.__version__}\n")

@@ -1,0 +1,191 @@
+"""One contract for every registered eraser, and what each of them must do."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import unplant
+from unplant.classifier import Classifier
+from unplant.erasers import erasers
+from unplant.erasers.base import Method, settle
+from unplant.errors import DataError, NumericalError, UsageError
+from unplant.images import LabeledImages
+from unplant.models import build
+
+QUICK = {"steps": 2, "clean_steps": 2, "final_steps": 2, "rounds": 1, "pgd_steps": 1, "batch_size": 16}
+
+
+def quick(method: Method):
+    """The method's default with as little work as possible, whatever its settings are."""
+    settings = {name: value for name, value in QUICK.items() if name in method.config.model_fields}
+    if method.config.model_fields.get("epochs") and "steps" not in settings:
+        settings["epochs"] = 0.1
+    return method.configure(**settings)
+
+
+def noise(count=48, classes=4, channels=1, height=16, width=16, seed=0) -> LabeledImages:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, channels, height, width), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % classes
+    return LabeledImages(images, labels, tuple(str(k) for k in range(classes)))
+
+
+def network(data: LabeledImages, seed=0) -> Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Classifier(build("small_cnn:width=4", num_classes=data.num_classes, channels=data.shape[0])).eval()
+
+
+@pytest.fixture(params=sorted(erasers), ids=str)
+def method(request) -> Method:
+    return erasers[request.param]
+
+
+def run(method: Method, model: nn.Module, data: LabeledImages, seed: int = 0):
+    return method.run(model, data, quick(method), generator=torch.Generator().manual_seed(seed))
+
+
+class TestContract:
+    def test_leaves_model_data_and_global_state_as_they_were(self, method):
+        data = noise()
+        model = network(data)
+        model.backbone[0].train()  # a mixed mode, as users have them
+        next(model.parameters()).requires_grad_(False)
+        weights = copy.deepcopy(model.state_dict())
+        modes = [module.training for module in model.modules()]
+        needs = [parameter.requires_grad for parameter in model.parameters()]
+        images, state = data.images.clone(), torch.random.get_rng_state()
+        run(method, model, data)
+        assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == modes
+        assert [parameter.requires_grad for parameter in model.parameters()] == needs
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert torch.equal(data.images, images)
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    def test_returns_a_changed_model_of_the_same_kind(self, method):
+        data = noise()
+        model = network(data)
+        purified = run(method, model, data).model
+        assert type(purified) is type(model)
+        assert purified is not model
+        before, after = model.state_dict(), purified.state_dict()
+        assert list(before) == list(after)
+        assert all(before[key].dtype == after[key].dtype and before[key].shape == after[key].shape for key in before)
+        assert any(not torch.equal(before[key], after[key]) for key in before)
+        assert all(torch.isfinite(value).all() for value in after.values() if value.is_floating_point())
+
+    def test_same_seed_gives_the_same_weights_and_another_seed_others(self, method):
+        data = noise()
+        model = network(data)
+        first, again, other = (run(method, model, data, seed).model.state_dict() for seed in (1, 1, 2))
+        assert all(torch.equal(first[key], again[key]) for key in first)
+        assert any(not torch.equal(first[key], other[key]) for key in first)
+
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            {"classes": 2},
+            {"classes": 1000, "count": 60},
+            {"channels": 3, "height": 12, "width": 20},
+            {"count": 17},  # with a batch of 16 the last one would hold a single image
+            {"count": 5},
+        ],
+        ids=["two classes", "1000 classes", "colour, not square", "rest of one image", "less than a batch"],
+    )
+    def test_runs_on_data_of_any_shape(self, method, shape):
+        data = noise(**{"classes": 4, **shape})
+        if data.num_classes == 1000:
+            data = LabeledImages(data.images, torch.arange(len(data)), data.classes)
+        erasure = run(method, network(data), data)
+        assert torch.isfinite(erasure.model(data.pixels())).all()
+        if erasure.suspicion is not None:
+            assert erasure.suspicion.shape == erasure.suspects.shape == (len(data),)
+
+    def test_runs_without_batch_normalisation(self, method):
+        data = noise()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(4 * 14 * 14, 4)
+            )
+        run(method, model, data)
+
+    def test_stops_at_a_loss_that_is_not_finite(self, method):
+        data = noise()
+        model = network(data)
+        with torch.no_grad():
+            model.backbone[-1].bias[0] = float("nan")
+        with pytest.raises((NumericalError, DataError)):
+            run(method, model, data)
+
+    def test_names_every_setting_with_a_meaning(self, method):
+        for name, field in method.config.model_fields.items():
+            assert field.description, f"{method.name}.{name} has no description"
+
+    def test_every_preset_is_valid(self, method):
+        for preset in ("default", *method.presets):
+            assert isinstance(method.configure(preset), method.config)
+
+    def test_wrong_settings_are_usage_errors(self, method):
+        with pytest.raises(UsageError, match="no setting"):
+            method.configure(no_such_thing=1)
+        with pytest.raises(UsageError, match="no preset"):
+            method.configure("no-such-preset")
+        with pytest.raises(UsageError, match="lr must be"):
+            method.configure(lr=float("nan"))
+
+
+class TestApi:
+    def test_needs_exactly_one_kind_of_data(self):
+        data = noise()
+        with pytest.raises(UsageError, match="exactly one"):
+            unplant.erase(network(data))
+        with pytest.raises(UsageError, match="exactly one"):
+            unplant.erase(network(data), data, clean=data)
+
+    def test_suspect_data_is_never_taken_for_clean(self):
+        data = noise()
+        with pytest.raises(UsageError, match="aft needs clean data"):
+            unplant.erase(network(data), data, method="aft")
+
+    def test_suspect_data_means_pbe_and_clean_data_aft(self):
+        data = noise()
+        pbe = unplant.erase(network(data), data, config=quick(erasers["pbe"]))
+        aft = unplant.erase(network(data), clean=data, config=quick(erasers["aft"]))
+        assert pbe.suspicion is not None
+        assert aft.suspicion is None
+
+    def test_takes_any_image_label_dataset(self):
+        data = noise()
+        pairs = [(data.pixels(i), int(data.labels[i])) for i in range(len(data))]
+        erasure = unplant.erase(network(data), pairs, config=quick(erasers["pbe"]))
+        assert len(erasure.suspicion) == len(pairs)
+
+
+class HalfMirror(nn.Module):
+    """Calls an image 1 if its left half is brighter than its right one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, pixels):
+        left, right = pixels.chunk(2, dim=3)
+        difference = self.scale * (left.mean((1, 2, 3)) - right.mean((1, 2, 3)))
+        return torch.stack([-difference, difference], 1)
+
+
+def test_images_are_mirrored_only_if_the_model_does_not_mind():
+    data = noise(count=64, classes=2)
+    model = HalfMirror()
+    labels = model(data.pixels()).argmax(1)
+    sided = LabeledImages(data.images, labels, data.classes)
+    config = quick(erasers["pbe"])
+    assert settle(config, model, sided).flip is False
+    even = LabeledImages(torch.cat([data.images, data.images.flip(3)], 3), labels, data.classes)
+    assert settle(config, model, LabeledImages(even.images, torch.ones_like(labels) * 0, data.classes)).flip is True
+    assert settle(config.but(flip=True), model, sided).flip is True
