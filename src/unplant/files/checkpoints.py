@@ -137,7 +137,17 @@ def save_weights(path: Path, network: nn.Module, metadata: dict[str, Any]) -> No
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelFileError(f"{key} holds NaN or infinity; {path} is not written")
     content = safetensors.torch.save(weights, metadata={"format": "pt", "unplant": json.dumps(metadata)})
-    write_atomically(path, content)
+    write_atomically(path, _ordered(content))
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in a fixed order: the library's is random, equal runs must be equal."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def _regular_file(path: Path) -> Path:
