@@ -5,6 +5,7 @@ the ending (`relabel`); docs/method.md says why. The preset `released` does what
 faults.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,15 +13,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.classifier import logits
-from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning
-from unplant.erasers.base import Method, erasers, settle
+from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
+from unplant.erasers.base import Method, erasers
 from unplant.erasers.selection import (
     SCORES,
+    below,
     cross_examine,
     least_suspicious,
     random_part,
     second_opinion,
-    surely_clean,
+    shared_suspicion,
 )
 from unplant.images import LabeledImages
 from unplant.params import Real, Share
@@ -43,22 +45,21 @@ class PBEConfig(AdversarialConfig):
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"
     )
-    clean_below: Share = Field(
-        default=0.5, description="Step 3: loss of probability up to which an image is taken as clean"
-    )
-    suspect_above: Share = Field(
-        default=0.8, description="Step 3: loss of probability from which an image is a suspect"
-    )
-    sure_above: Share = Field(
-        default=0.5, description="probability that the purified model must give to a label it vouches for"
-    )
+    clean_below: Share = Field(default=0.35, description="Step 3: suspicion below which an image is taken as clean")
+    suspect_above: Share = Field(default=0.5, description="Step 3: suspicion above which an image is a suspect")
+    sure_above: Share = Field(default=0.5, description="relabelling: probability that the new label must have")
     shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
     rounds: int = Field(default=2, ge=1, le=1000, description="repetitions of Steps 1 to 3")
-    steps: int = Field(default=50, ge=1, description="adversarial steps a round")
-    epochs: Real | None = Field(
-        default=None, gt=0, description="epochs a round: the first adversarial, the others `steps` only"
+    steps: int | None = Field(
+        default=None, ge=1, description="adversarial steps a round; none: half an epoch of the data, at least 50"
     )
-    final_steps: int = Field(default=150, ge=0, description="steps of the ending, on D_ext and the relabelled suspects")
+    epochs: Real | None = Field(
+        default=None, gt=0, description="epochs a round on D_ext: the first adversarial, the others for `steps` only"
+    )
+    final_steps: int | None = Field(
+        default=None, ge=0, description="steps of the ending; none: one and a half epochs of the data, at least 150"
+    )
+    final_adversarial_share: Share = Field(default=0.0, description="ending: share of each batch made adversarial")
     relabel: bool = Field(
         default=True, description="ending: suspects under the labels that the purified model gives them"
     )
@@ -84,55 +85,55 @@ def pbe(
     Returns:
         The purified model θ, and per image how suspicious it is: the loss of its label's probability from θ₀ to θ.
     """
-    config = settle(config, infected, data)
+    config = settle_ball(config, infected, data)
+    epoch = steps_of(1, data, config.batch_size)
+    steps = max(50, epoch // 2) if config.steps is None else config.steps
+    final_steps = max(150, epoch * 3 // 2) if config.final_steps is None else config.final_steps
     before = logits(infected, data)
-    rounds: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
     extra_sets: list[Tensor] = []
 
-    def learn(
-        start: nn.Module,
-        extra: Tensor,
-        steps: int,
-        title: str,
-        settings: PBEConfig = config,
-        labels: Tensor = data.labels,
-    ) -> nn.Module:
-        chosen = data.relabel(labels).select(extra)
-        passes = steps * settings.batch_size * (1 + settings.adversarial_share * settings.pgd_steps) / len(data)
+    def learn(start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
+        """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
+        chosen = data.relabel(lesson.labels).select(lesson.images)
+        passes = steps * config.batch_size * (1 + adversarial_share * config.pgd_steps) / len(data)
         rounds.append({"step": title, "images": len(chosen), "steps": steps, "passes": round(passes, 2)})
-        extra_sets.append(extra & (labels == data.labels))
+        extra_sets.append(lesson.images & (lesson.labels == data.labels))
+        settings = config.but(adversarial_share=adversarial_share)
         return adversarial_fine_tuning(
             start, chosen, settings, steps=steps, generator=generator, progress=progress, title=title
         )
 
     # Initialisation: the first D_ext.
+    purified, groups = infected, data.labels
     if config.initial == "random":
-        extra = random_part(data, config.initial_share, generator)
+        lesson = Lesson(random_part(data, config.initial_share, generator), data.labels)
     else:
-        examined = cross_examine(
-            infected, data, lambda part, title: learn(infected, part, config.steps, title),
+        found = cross_examine(
+            infected, data,
+            lambda part, why: learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share),
             least_gain=config.least_gain, balanced=config.balanced,
-            clean_below=config.clean_below, sure_above=config.sure_above,
         )  # fmt: skip
-        extra = examined.extra_set
         rounds[-1] |= {
-            "gain": [round(v, 3) for v in examined.split.gain.tolist()],
-            "minor_share": [round(v, 3) for v in examined.split.minor_share.tolist()],
+            name: [round(v, 3) for v in getattr(found.split, name).tolist()] for name in ("gain", "minor_share")
         }
+        purified, groups = found.start, found.groups
+        suspicion = shared_suspicion(found.score, groups)
+        extra = below(suspicion + found.left_out, config.clean_below)
+        suspects = found.left_out & (suspicion > config.suspect_above)
+        lesson = next_lesson(extra, suspects, found.outputs, data.labels, config)
 
-    purified = infected
+    suspicion, suspects = torch.zeros(len(data)), torch.zeros(len(data), dtype=torch.bool)
     for number in range(config.rounds):
-        # Steps 1 and 2: adversarial examples of D_ext, and fine-tuning on them with their own labels.
-        plain = 0
-        adversarial = config.steps
+        adversarial, plain = steps, 0
         if config.epochs is not None:
-            total = steps_of(config.epochs, data.select(extra), config.batch_size)
-            adversarial = total if number == 0 else min(config.steps, total)
+            total = steps_of(config.epochs, data.select(lesson.images), config.batch_size)
+            adversarial = total if number == 0 else min(steps, total)
             plain = total - adversarial
-        purified = learn(purified, extra, adversarial, f"round {number + 1}")
+        # Steps 1 and 2.
+        purified = learn(purified, lesson, adversarial, f"round {number + 1}", config.adversarial_share)
         if plain:
-            purified = learn(purified, extra, plain, f"round {number + 1}, plain", config.but(adversarial_share=0))
-
+            purified = learn(purified, lesson, plain, f"round {number + 1}, plain", 0.0)
         # Step 3: images on which θ₀ and θ agree are the next D_ext.
         after = logits(purified, data)
         suspicion = SCORES[config.score](before, after, data.labels)
@@ -140,19 +141,31 @@ def pbe(
             extra = least_suspicious(suspicion, config.shares[min(number, len(config.shares) - 1)])
             suspects = ~extra
         else:
-            extra = surely_clean(suspicion, after, data.labels, config.clean_below, config.sure_above)
-            suspects = suspicion > config.suspect_above
+            suspicion = shared_suspicion(suspicion, groups)
+            extra, suspects = below(suspicion, config.clean_below), suspicion > config.suspect_above
+        lesson = next_lesson(extra, suspects, after, data.labels, config)
         rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum())}
 
-    # Ending: the suspects teach what they show, instead of what they were labelled.
-    if config.final_steps:
-        labels = data.labels
-        if config.relabel:
-            opinion, sure = second_opinion(after, data.labels, config.sure_above)
-            labels = torch.where(suspects, opinion, data.labels)
-            extra = extra | (suspects & sure)
-        purified = learn(purified, extra, config.final_steps, "ending", labels=labels)
+    # Ending: mostly plain images, to get accuracy back; the suspects keep the trigger in view, under new labels.
+    if final_steps:
+        purified = learn(purified, lesson, final_steps, "ending", config.final_adversarial_share)
     return Erasure(purified, suspicion, suspects, rounds, extra_sets)
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What the model is taught: images, bool (N,), and labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def next_lesson(extra: Tensor, suspects: Tensor, after: Tensor, labels: Tensor, config: PBEConfig) -> Lesson:
+    """D_ext, and if `relabel`: the suspects too, under the labels that the purified model is sure of."""
+    if not config.relabel:
+        return Lesson(extra, labels)
+    opinion, sure = second_opinion(after, labels, config.sure_above)
+    return Lesson((extra & ~suspects) | (suspects & sure), torch.where(suspects, opinion, labels))
 
 
 erasers.add(

@@ -14,6 +14,9 @@ from unplant.images import LabeledImages
 Purify = Callable[[Tensor, str], nn.Module]
 """Steps 1 and 2 from the infected model on the images of a mask (N,); the text says what for."""
 
+FLOOR = 0.05
+"""The smallest D_ext, as a share of the data: the size of the first one in the released code."""
+
 
 def random_part(data: LabeledImages, share: float, generator: torch.Generator) -> Tensor:
     """The paper's initialisation: bool (N,), a random part of the data."""
@@ -33,10 +36,17 @@ def drop_score(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
     return before - after
 
 
-FLOOR = 0.05
-"""The smallest D_ext, as a share of the data: the size of the first one in the released code."""
-
 SCORES = {"cosine": cosine_score, "drop": drop_score}
+
+
+def shared_suspicion(score: Tensor, groups: Tensor) -> Tensor:
+    """Half an image's own score, half the mean score of its group, (N,).
+
+    A hard clean image can lose its label by itself, a poisoned one loses it together with all that share its trigger.
+    """
+    counts = torch.bincount(groups).clamp(min=1)
+    means = torch.zeros(len(counts)).index_add_(0, groups, score) / counts
+    return (score + means[groups]) / 2
 
 
 def least_suspicious(suspicion: Tensor, share: float) -> Tensor:
@@ -46,13 +56,9 @@ def least_suspicious(suspicion: Tensor, share: float) -> Tensor:
     return chosen
 
 
-def surely_clean(suspicion: Tensor, purified: Tensor, labels: Tensor, clean_below: float, sure_above: float) -> Tensor:
-    """Bool (N,): both models agree on the image's label, and the purified one is sure of it.
-
-    Never less than the least suspicious 5 %, so that a hard data set doesn't end the run.
-    """
-    sure = purified.softmax(1).gather(1, labels[:, None]).flatten() > sure_above
-    return (suspicion < clean_below) & sure | least_suspicious(suspicion, FLOOR)
+def below(suspicion: Tensor, threshold: float) -> Tensor:
+    """Bool (N,): images with less suspicion, never less than the least suspicious 5 %."""
+    return (suspicion < threshold) | least_suspicious(suspicion, FLOOR)
 
 
 def second_opinion(purified: Tensor, labels: Tensor, sure_above: float) -> tuple[Tensor, Tensor]:
@@ -67,25 +73,29 @@ def second_opinion(purified: Tensor, labels: Tensor, sure_above: float) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What the cross-examination of the clusters found."""
+    """What the cross-examination of the clusters found.
 
-    extra_set: Tensor
-    split: Split
+    Attributes:
+        left_out: bool (N,), images that D_ext has to do without at first.
+        groups: int64 (N,), number of the group of its class that each image belongs to.
+        score: float (N,), loss of its label's probability when its group was left out, or others were.
+        outputs: float (N, K), the logits that gave this score.
+        start: the model that was purified without just these images, or the infected one if none was.
+        split: the groups.
+    """
+
     left_out: Tensor
-    suspicion: Tensor
+    groups: Tensor
+    score: Tensor
+    outputs: Tensor
+    start: nn.Module
+    split: Split
 
 
 def cross_examine(
-    infected: nn.Module,
-    data: LabeledImages,
-    purify: Purify,
-    *,
-    least_gain: float,
-    balanced: float,
-    clean_below: float,
-    sure_above: float,
+    infected: nn.Module, data: LabeledImages, purify: Purify, *, least_gain: float, balanced: float
 ) -> Examination:
-    """The first D_ext: in each class the group of images that needs no link to be recognised.
+    """Finds, in each class, the group of images that needs no link to be recognised.
 
     A class that holds poison falls into two groups in the infected model's features; which of them is the poison, the
     adversarial fine-tuning tells: purify without the one, then without the other. Clean images that were left out
@@ -93,26 +103,25 @@ def cross_examine(
     all, because their label hung on the trigger alone. Where one group is much smaller it is left out without a
     second trial: at worst a few clean images have to wait for Step 3.
     """
-    layers = activations(infected, data)
-    split = split_classes(layers, data.labels, data.num_classes, least_gain=least_gain)
+    split = split_classes(activations(infected, data), data.labels, data.num_classes, least_gain=least_gain)
     before = logits(infected, data)
-
-    def drop_without(group: Tensor, title: str) -> tuple[Tensor, Tensor]:
-        after = logits(purify(~group, title), data)
-        return drop_score(before, after, data.labels), after
-
-    left_out = split.minor.clone()
-    suspicion, after = drop_without(left_out, "without the smaller groups")
-    in_doubt = (split.minor_share > balanced)[data.labels]
-    if in_doubt.any():
-        other = torch.where(in_doubt, ~split.minor, split.minor)
-        other_suspicion, other_after = drop_without(other, "without the larger groups")
-        for label in (split.minor_share > balanced).nonzero().flatten().tolist():
+    start = purify(~split.minor, "without the smaller groups")
+    left_out, outputs = split.minor, logits(start, data)
+    score = drop_score(before, outputs, data.labels)
+    doubtful = split.minor_share > balanced
+    if doubtful.any():
+        other = torch.where(doubtful[data.labels], ~split.minor, split.minor)
+        other_start = purify(~other, "without the larger groups")
+        other_outputs = logits(other_start, data)
+        other_score = drop_score(before, other_outputs, data.labels)
+        for label in doubtful.nonzero().flatten().tolist():
             members = data.labels == label
-            if other_suspicion[members & other].mean() > suspicion[members & left_out].mean():
+            if other_score[members & other].mean() > score[members & left_out].mean():
                 left_out = torch.where(members, other, left_out)
-                suspicion = torch.where(members, other_suspicion, suspicion)
-                after = torch.where(members[:, None], other_after, after)
-    trusted = torch.where(left_out, suspicion.max() + 1, suspicion)
-    extra_set = surely_clean(trusted, after, data.labels, clean_below, sure_above)
-    return Examination(extra_set, split, left_out, suspicion)
+                score = torch.where(members, other_score, score)
+                outputs = torch.where(members[:, None], other_outputs, outputs)
+        if torch.equal(left_out, other):
+            start = other_start
+        elif not torch.equal(left_out, split.minor):
+            start = infected
+    return Examination(left_out, 2 * data.labels + split.minor, score, outputs, start, split)

@@ -141,7 +141,7 @@ def save_weights(path: Path, network: nn.Module, metadata: dict[str, Any]) -> No
 
 
 def _ordered(content: bytes) -> bytes:
-    """The same safetensors file with its metadata in a fixed order: the library's is random, equal runs must be equal."""
+    """The same safetensors file with its metadata in a fixed order, as the library's is random."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -1,0 +1,77 @@
+"""What the product is for: the backdoor was there before and is gone after, and nobody is harmed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from unplant.cli import main
+from unplant.data import digits
+from unplant.demo import ERASING, TRAINING, run_demo
+from unplant.erasers import erasers
+from unplant.evaluation import evaluate
+from unplant.planting import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["badnets", "blended", "sig"])
+def demo(request):
+    return run_demo(request.param, seed=0)
+
+
+def test_the_backdoor_is_there_before_and_gone_after(demo):
+    assert demo.before.acc >= 0.97
+    assert demo.before.asr >= 0.95
+    assert demo.after.asr <= 0.03
+    assert demo.after.acc >= demo.before.acc - 0.02
+    assert demo.after.ra >= 0.9 * demo.after.acc
+
+
+def test_the_suspects_are_the_poisoned_images(demo):
+    assert demo.suspects["precision"] >= 0.9
+    assert demo.suspects["recall"] >= 0.9
+    assert demo.suspects["auroc"] >= 0.99
+
+
+def test_plain_fine_tuning_would_not_have_done_it(demo):
+    """The control: as many images as AFT would get, 5 % of the training set and all of them truly clean."""
+    method = erasers["fine_tune"]
+    clean = digits("train", 0).sample(72, torch.Generator().manual_seed(0))
+    config = method.configure(epochs=20, batch_size=32)
+    tuned = method.run(demo.planted.model, clean, config, generator=torch.Generator().manual_seed(0))
+    assert evaluate(tuned.model, demo.test, demo.planted.attack).asr > 0.5
+
+
+def test_without_the_adversarial_step_nothing_is_erased(demo):
+    """The ablation: the same method with eps = 0."""
+    config = ERASING.but(eps=0.0)
+    data = demo.planted.training_set.data
+    erasure = erasers["pbe"].run(demo.planted.model, data, config, generator=torch.Generator().manual_seed(0))
+    assert evaluate(erasure.model, demo.test, demo.planted.attack).asr > 0.5
+
+
+def test_a_clean_model_stays_as_it_was():
+    data, test = digits("train", 0), digits("test", 0)
+    model = train("small_cnn", data, TRAINING, seed=0)
+    erasure = erasers["pbe"].run(model, data, ERASING, generator=torch.Generator().manual_seed(0))
+    assert evaluate(erasure.model, test).acc >= evaluate(model, test).acc - 0.01
+    assert int(erasure.suspects.sum()) <= 0.01 * len(data)
+
+
+def test_the_demo_command_tells_all_in_one_json_object(tmp_path, capsys):
+    out = tmp_path / "demo"
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--attack", "badnets", "--seed", "1", "-o", str(out), "--json"])
+    assert stop.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    for when in ("before", "after"):
+        assert all(0 <= result[when][name] <= 1 for name in ("acc", "asr", "ra", "natural_target_rate"))
+    assert result["before"]["asr"] >= 0.95
+    assert result["after"]["asr"] <= 0.03
+    assert {"precision", "recall", "auroc"} <= set(result["suspects"])
+    for name in ("triggered.png", "suspects.png"):
+        assert Path(out, name).read_bytes().startswith(b"\x89PNG")
+    for name in ("model.safetensors", "suspects.csv", "config.json", "result.json", "events.jsonl"):
+        assert Path(out, name).stat().st_size > 0

@@ -1,0 +1,192 @@
+"""The choices of PBE, each against a slow loop or a case whose answer is known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from unplant.detection.clusters import split_classes
+from unplant.erasers.aft import AFTConfig, fitting_eps
+from unplant.erasers.pbe import PBEConfig, next_lesson
+from unplant.erasers.selection import (
+    below,
+    cosine_score,
+    cross_examine,
+    drop_score,
+    least_suspicious,
+    random_part,
+    second_opinion,
+    shared_suspicion,
+)
+from unplant.images import LabeledImages
+
+
+@pytest.fixture
+def outputs(generator):
+    return torch.randn(2, 20, 5, generator=generator) * 3
+
+
+def test_scores_equal_a_loop(outputs):
+    before, after = outputs
+    labels = torch.arange(20) % 5
+    cosine, drop = cosine_score(before, after, labels), drop_score(before, after, labels)
+    for i in range(20):
+        a, b = before[i].tolist(), after[i].tolist()
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+        assert float(cosine[i]) == pytest.approx(1 - dot / lengths, abs=1e-5)
+        chances = [math.exp(v[labels[i]]) / sum(math.exp(x) for x in v) for v in (a, b)]
+        assert float(drop[i]) == pytest.approx(chances[0] - chances[1], abs=1e-5)
+
+
+def test_shared_suspicion_is_half_own_and_half_mean_of_the_group(generator):
+    score, groups = torch.rand(30, generator=generator), torch.randint(0, 4, (30,), generator=generator)
+    shared = shared_suspicion(score, groups)
+    for i in range(30):
+        mates = [float(score[j]) for j in range(30) if groups[j] == groups[i]]
+        assert float(shared[i]) == pytest.approx((float(score[i]) + sum(mates) / len(mates)) / 2, abs=1e-6)
+
+
+def test_a_hard_clean_image_is_less_suspicious_than_an_image_whose_whole_group_fell():
+    score = torch.tensor([0.9, 0.0, 0.1, 0.0, 0.8, 0.9, 0.95, 0.9])
+    shared = shared_suspicion(score, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    assert shared[0] < shared[4:].min()
+    assert score[0] > score[4]
+
+
+def test_selections_take_the_least_suspicious_and_never_nothing():
+    suspicion = torch.tensor([0.9, 0.1, 0.5, 0.3])
+    assert least_suspicious(suspicion, 0.5).tolist() == [False, True, False, True]
+    assert below(suspicion, 0.4).tolist() == [False, True, False, True]
+    assert below(suspicion, 0.0).tolist() == [False, True, False, True]
+
+
+def test_a_random_part_has_its_share_and_depends_on_the_generator():
+    data = LabeledImages(torch.zeros(200, 1, 8, 8, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64), ("a", "b"))
+    parts = [random_part(data, 0.05, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert int(parts[0].sum()) == 10
+    assert torch.equal(parts[0], parts[1])
+    assert not torch.equal(parts[0], parts[2])
+
+
+def test_second_opinion_never_repeats_the_label(outputs):
+    labels = outputs[0].argmax(1)
+    opinion, sure = second_opinion(outputs[0], labels, 0.5)
+    assert (opinion != labels).all()
+    assert not sure.any()  # the label itself has most of the probability
+    others = (labels + 1) % 5
+    opinion, sure = second_opinion(outputs[0], others, 0.5)
+    assert torch.equal(opinion, labels)
+    assert torch.equal(sure, outputs[0].softmax(1).max(1).values > 0.5)
+
+
+def test_suspects_are_taught_under_new_labels_or_not_at_all():
+    labels = torch.tensor([0, 0, 1, 1])
+    extra = torch.tensor([True, False, True, False])
+    suspects = torch.tensor([False, True, False, True])
+    after = torch.tensor([[9.0, 0, 0], [0, 0, 9], [0, 9, 0], [1, 0, 1]])
+    lesson = next_lesson(extra, suspects, after, labels, PBEConfig())
+    assert lesson.images.tolist() == [True, True, True, False]  # of the last one the model isn't sure
+    assert lesson.labels.tolist()[:3] == [0, 2, 1]
+    plain = next_lesson(extra, suspects, after, labels, PBEConfig(relabel=False))
+    assert torch.equal(plain.images, extra)
+    assert torch.equal(plain.labels, labels)
+
+
+def clouds(generator, *, apart: float, sizes=(60, 40), dimensions=30):
+    points = torch.randn(sum(sizes), dimensions, generator=generator)
+    points[: sizes[0], :10] += apart
+    return points
+
+
+class TestClusters:
+    def test_two_clouds_are_told_apart_and_one_is_left_whole(self, generator):
+        two, one = clouds(generator, apart=6.0), clouds(generator, apart=0.0)
+        noise = torch.randn(200, 30, generator=generator)
+        labels = torch.tensor([0] * 100 + [1] * 100)
+        split = split_classes([noise, torch.cat([two, one])], labels, 2, least_gain=0.125)
+        assert split.minor[:60].sum() == 0
+        assert split.minor[60:100].all()
+        assert not split.minor[100:].any()
+        assert split.minor_share.tolist() == pytest.approx([0.4, 0.0])
+        assert split.gain[0] > 0.5 > split.gain[1]
+
+    def test_gain_is_half_the_difference_of_the_bic_per_image(self, generator):
+        from sklearn.decomposition import PCA
+        from sklearn.mixture import GaussianMixture
+
+        points = clouds(generator, apart=6.0)
+        split = split_classes([points], torch.zeros(100, dtype=torch.int64), 1, least_gain=0.125)
+        scaled = (points / points.std(0)).double().numpy()
+        reduced = PCA(10, random_state=0).fit_transform(scaled)
+        bic = [
+            GaussianMixture(count, covariance_type="tied", n_init=4, random_state=0).fit(reduced).bic(reduced)
+            for count in (1, 2)
+        ]
+        assert float(split.gain[0]) == pytest.approx((bic[0] - bic[1]) / 200, abs=1e-6)
+
+    def test_small_classes_and_constant_features_are_left_whole(self, generator):
+        few = clouds(generator, apart=6.0, sizes=(15, 15))
+        split = split_classes([few], torch.zeros(30, dtype=torch.int64), 2, least_gain=0.125)
+        assert not split.minor.any()
+        split = split_classes([torch.ones(100, 5)], torch.zeros(100, dtype=torch.int64), 1, least_gain=0.125)
+        assert not split.minor.any()
+
+
+class Brightness(nn.Module):
+    """Two classes by mean brightness, as a linear model: images flip at a known radius."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.first = nn.Linear(1, 2)  # two layers, so that there are features to look at
+        self.last = nn.Linear(2, 2)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+            self.first.bias.copy_(torch.tensor([-0.5, 0.5]))
+            self.last.weight.copy_(scale * torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+            self.last.bias.zero_()
+
+    def forward(self, pixels):
+        return self.last(self.first(pixels.mean((1, 2, 3))[:, None]))
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(2, 6), (5, 12), (30, 16)], ids=str)
+def test_the_ball_is_twice_the_radius_at_which_half_of_the_images_flip(distance, expected):
+    """Brightness flips once each pixel moved by the distance; the next tried level above is 3, 6 or none."""
+    levels = torch.tensor([127.5 - distance - 0.2, 127.5 + distance + 0.2]).round().to(torch.uint8)
+    images = levels.repeat(20)[:, None, None, None].expand(40, 1, 8, 8).contiguous()
+    data = LabeledImages(images, torch.arange(40) % 2, ("dark", "bright"))
+    config = AFTConfig(pgd_steps=2, pgd_step_size=1.0)
+    assert fitting_eps(Brightness(), data, config) * 255 == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("poison_is", ["smaller", "larger"])
+def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is, generator, monkeypatch):
+    """A fake purification that behaves as measured: poison that was left out loses its label, clean images don't."""
+    poison_count = 40 if poison_is == "smaller" else 60
+    poisoned = torch.zeros(200, dtype=torch.bool)
+    poisoned[:poison_count] = True
+    labels = torch.tensor([0] * 100 + [1] * 100)
+    data = LabeledImages(torch.zeros(200, 1, 8, 8, dtype=torch.uint8), labels, ("a", "b"))
+    layer = torch.randn(200, 12, generator=generator)
+    layer[poisoned, :4] += 6
+    sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
+
+    class Fake(nn.Module):
+        def __init__(self, taught):
+            super().__init__()
+            self.taught = taught
+
+    def fake_logits(model, _data):
+        if model.taught is None or model.taught[poisoned].any():
+            return sure
+        return torch.where(poisoned[:, None], -sure, sure)
+
+    monkeypatch.setattr("unplant.erasers.selection.logits", fake_logits)
+    monkeypatch.setattr("unplant.erasers.selection.activations", lambda model, data: [layer])
+    found = cross_examine(Fake(None), data, lambda part, why: Fake(part), least_gain=0.125, balanced=0.25)
+    assert torch.equal(found.left_out, poisoned)
+    assert torch.equal(found.start.taught, ~poisoned)
+    assert (found.score[poisoned] > 0.9).all()
+    assert (found.score[~poisoned] == 0).all()
