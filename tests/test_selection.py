@@ -40,19 +40,25 @@ def test_scores_equal_a_loop(outputs):
         assert float(drop[i]) == pytest.approx(chances[0] - chances[1], abs=1e-5)
 
 
-def test_shared_suspicion_is_half_own_and_half_mean_of_the_group(generator):
-    score, groups = torch.rand(30, generator=generator), torch.randint(0, 4, (30,), generator=generator)
-    shared = shared_suspicion(score, groups)
-    for i in range(30):
-        mates = [float(score[j]) for j in range(30) if groups[j] == groups[i]]
-        assert float(shared[i]) == pytest.approx((float(score[i]) + sum(mates) / len(mates)) / 2, abs=1e-6)
+def test_shared_suspicion_equals_a_loop(generator):
+    score, labels = torch.rand(40, generator=generator), torch.randint(0, 4, (40,), generator=generator)
+    left_out = (torch.rand(40, generator=generator) < 0.3) & (labels != 3)
+    shared = shared_suspicion(score, labels, left_out)
+    for i in range(40):
+        mates = [j for j in range(40) if labels[j] == labels[i]]
+        own = [float(score[j]) for j in mates if left_out[j] == left_out[i]]
+        trusted = [float(score[j]) for j in mates if not left_out[j]]
+        base = sum(trusted) / len(trusted)
+        assert float(shared[i]) == pytest.approx((float(score[i]) + sum(own) / len(own)) / 2 - base, abs=1e-6)
 
 
-def test_a_hard_clean_image_is_less_suspicious_than_an_image_whose_whole_group_fell():
-    score = torch.tensor([0.9, 0.0, 0.1, 0.0, 0.8, 0.9, 0.95, 0.9])
-    shared = shared_suspicion(score, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
-    assert shared[0] < shared[4:].min()
-    assert score[0] > score[4]
+def test_hard_images_and_hard_classes_are_less_suspicious_than_a_group_that_fell_together():
+    score = torch.tensor([0.9, 0.0, 0.1, 0.0, 0.8, 0.9, 0.95, 0.9, 0.7, 0.6, 0.8, 0.7])
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+    left_out = torch.tensor([False] * 4 + [True] * 4 + [False] * 4)
+    shared = shared_suspicion(score, labels, left_out)
+    fallen = shared[4:8].min()
+    assert fallen > 0.45 > shared[0] > shared[8:].max()
 
 
 def test_selections_take_the_least_suspicious_and_never_nothing():

@@ -46,7 +46,7 @@ class PBEConfig(AdversarialConfig):
         default="drop", description="Step 3: of the label's probability, or of the logits"
     )
     clean_below: Share = Field(default=0.35, description="Step 3: suspicion below which an image is taken as clean")
-    suspect_above: Share = Field(default=0.5, description="Step 3: suspicion above which an image is a suspect")
+    suspect_above: Share = Field(default=0.45, description="Step 3: suspicion above which an image is a suspect")
     sure_above: Share = Field(default=0.5, description="relabelling: probability that the new label must have")
     shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
     rounds: int = Field(default=2, ge=1, le=1000, description="repetitions of Steps 1 to 3")
@@ -105,7 +105,7 @@ def pbe(
         )
 
     # Initialisation: the first D_ext.
-    purified, groups = infected, data.labels
+    purified, left_out = infected, torch.zeros(len(data), dtype=torch.bool)
     if config.initial == "random":
         lesson = Lesson(random_part(data, config.initial_share, generator), data.labels)
     else:
@@ -117,10 +117,10 @@ def pbe(
         rounds[-1] |= {
             name: [round(v, 3) for v in getattr(found.split, name).tolist()] for name in ("gain", "minor_share")
         }
-        purified, groups = found.start, found.groups
-        suspicion = shared_suspicion(found.score, groups)
-        extra = below(suspicion + found.left_out, config.clean_below)
-        suspects = found.left_out & (suspicion > config.suspect_above)
+        purified, left_out = found.start, found.left_out
+        suspicion = shared_suspicion(found.score, data.labels, left_out)
+        extra = below(suspicion + left_out, config.clean_below)
+        suspects = left_out & (suspicion > config.suspect_above)
         lesson = next_lesson(extra, suspects, found.outputs, data.labels, config)
 
     suspicion, suspects = torch.zeros(len(data)), torch.zeros(len(data), dtype=torch.bool)
@@ -141,7 +141,7 @@ def pbe(
             extra = least_suspicious(suspicion, config.shares[min(number, len(config.shares) - 1)])
             suspects = ~extra
         else:
-            suspicion = shared_suspicion(suspicion, groups)
+            suspicion = shared_suspicion(suspicion, data.labels, left_out)
             extra, suspects = below(suspicion, config.clean_below), suspicion > config.suspect_above
         lesson = next_lesson(extra, suspects, after, data.labels, config)
         rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum())}

@@ -39,14 +39,27 @@ def drop_score(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
 SCORES = {"cosine": cosine_score, "drop": drop_score}
 
 
-def shared_suspicion(score: Tensor, groups: Tensor) -> Tensor:
-    """Half an image's own score, half the mean score of its group, (N,).
+def shared_suspicion(score: Tensor, labels: Tensor, left_out: Tensor) -> Tensor:
+    """Half an image's own score, half the mean score of its group, both above the mean of its class's trusted group.
 
-    A hard clean image can lose its label by itself, a poisoned one loses it together with all that share its trigger.
+    A hard clean image can lose its label by itself; a poisoned one loses it together with all that share its trigger;
+    and a class that suffers as a whole under the fine-tuning is not poisoned for that.
+
+    Args:
+        score: float (N,).
+        labels: int64 (N,).
+        left_out: bool (N,), the group of each class that wasn't trusted; the rest is the trusted one.
     """
-    counts = torch.bincount(groups).clamp(min=1)
-    means = torch.zeros(len(counts)).index_add_(0, groups, score) / counts
-    return (score + means[groups]) / 2
+    trusted = _mean_by(labels, score, ~left_out)[labels]
+    distrusted = _mean_by(labels, score, left_out)[labels]
+    return (score + torch.where(left_out, distrusted, trusted)) / 2 - trusted
+
+
+def _mean_by(labels: Tensor, score: Tensor, members: Tensor) -> Tensor:
+    """Mean score of the members of each class, (K,); 0 where a class has none."""
+    size = int(labels.max()) + 1
+    sums = torch.zeros(size).index_add_(0, labels[members], score[members])
+    return sums / torch.bincount(labels[members], minlength=size).clamp(min=1)
 
 
 def least_suspicious(suspicion: Tensor, share: float) -> Tensor:
@@ -77,7 +90,6 @@ class Examination:
 
     Attributes:
         left_out: bool (N,), images that D_ext has to do without at first.
-        groups: int64 (N,), number of the group of its class that each image belongs to.
         score: float (N,), loss of its label's probability when its group was left out, or others were.
         outputs: float (N, K), the logits that gave this score.
         start: the model that was purified without just these images, or the infected one if none was.
@@ -85,7 +97,6 @@ class Examination:
     """
 
     left_out: Tensor
-    groups: Tensor
     score: Tensor
     outputs: Tensor
     start: nn.Module
@@ -124,4 +135,4 @@ def cross_examine(
             start = other_start
         elif not torch.equal(left_out, split.minor):
             start = infected
-    return Examination(left_out, 2 * data.labels + split.minor, score, outputs, start, split)
+    return Examination(left_out, score, outputs, start, split)
