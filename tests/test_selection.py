@@ -8,13 +8,13 @@ from torch import nn
 
 from unplant.detection.clusters import split_classes
 from unplant.erasers.aft import AFTConfig, fitting_eps
-from unplant.erasers.pbe import PBEConfig, next_lesson
 from unplant.erasers.selection import (
     below,
     cosine_score,
     cross_examine,
     drop_score,
     least_suspicious,
+    next_lesson,
     random_part,
     second_opinion,
     shared_suspicion,
@@ -92,10 +92,10 @@ def test_suspects_are_taught_under_new_labels_or_not_at_all():
     extra = torch.tensor([True, False, True, False])
     suspects = torch.tensor([False, True, False, True])
     after = torch.tensor([[9.0, 0, 0], [0, 0, 9], [0, 9, 0], [1, 0, 1]])
-    lesson = next_lesson(extra, suspects, after, labels, PBEConfig())
+    lesson = next_lesson(extra, suspects, after, labels, True, 0.5)
     assert lesson.images.tolist() == [True, True, True, False]  # of the last one the model isn't sure
     assert lesson.labels.tolist()[:3] == [0, 2, 1]
-    plain = next_lesson(extra, suspects, after, labels, PBEConfig(relabel=False))
+    plain = next_lesson(extra, suspects, after, labels, False, 0.5)
     assert torch.equal(plain.images, extra)
     assert torch.equal(plain.labels, labels)
 

@@ -1,11 +1,10 @@
 """PBE: progressive backdoor erasing without clean data (Mu et al., CVPR 2023, arXiv:2202.06312, Algorithm 1).
 
-Three choices go beyond the paper, each with a switch: the first D_ext (`initial`), the score of Step 3 (`score`) and
-the ending (`relabel`); docs/method.md says why. The preset `released` does what the released code does, without its
-faults.
+What goes beyond the paper has a switch each: the first D_ext (`initial`), the ball (`eps`), the score and selection of
+Step 3 (`score`, `shares`), the use of the suspects (`relabel`) and the ending (`final_steps`); docs/method.md says why.
+The preset `released` does what the released code does, without its faults.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,11 +16,12 @@ from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tu
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.selection import (
     SCORES,
+    Lesson,
     below,
     cross_examine,
     least_suspicious,
+    next_lesson,
     random_part,
-    second_opinion,
     shared_suspicion,
 )
 from unplant.images import LabeledImages
@@ -61,7 +61,7 @@ class PBEConfig(AdversarialConfig):
     )
     final_adversarial_share: Share = Field(default=0.0, description="ending: share of each batch made adversarial")
     relabel: bool = Field(
-        default=True, description="ending: suspects under the labels that the purified model gives them"
+        default=True, description="teach the suspects too, under the labels that the purified model gives them"
     )
 
 
@@ -121,7 +121,7 @@ def pbe(
         suspicion = shared_suspicion(found.score, data.labels, left_out)
         extra = below(suspicion + left_out, config.clean_below)
         suspects = left_out & (suspicion > config.suspect_above)
-        lesson = next_lesson(extra, suspects, found.outputs, data.labels, config)
+        lesson = next_lesson(extra, suspects, found.outputs, data.labels, config.relabel, config.sure_above)
 
     suspicion, suspects = torch.zeros(len(data)), torch.zeros(len(data), dtype=torch.bool)
     for number in range(config.rounds):
@@ -143,29 +143,13 @@ def pbe(
         else:
             suspicion = shared_suspicion(suspicion, data.labels, left_out)
             extra, suspects = below(suspicion, config.clean_below), suspicion > config.suspect_above
-        lesson = next_lesson(extra, suspects, after, data.labels, config)
+        lesson = next_lesson(extra, suspects, after, data.labels, config.relabel, config.sure_above)
         rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum())}
 
-    # Ending: mostly plain images, to get accuracy back; the suspects keep the trigger in view, under new labels.
+    # Ending: plain images, to get accuracy back; the suspects keep the trigger in view, under new labels.
     if final_steps:
         purified = learn(purified, lesson, final_steps, "ending", config.final_adversarial_share)
     return Erasure(purified, suspicion, suspects, rounds, extra_sets)
-
-
-@dataclass(frozen=True, eq=False)
-class Lesson:
-    """What the model is taught: images, bool (N,), and labels (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-
-def next_lesson(extra: Tensor, suspects: Tensor, after: Tensor, labels: Tensor, config: PBEConfig) -> Lesson:
-    """D_ext, and if `relabel`: the suspects too, under the labels that the purified model is sure of."""
-    if not config.relabel:
-        return Lesson(extra, labels)
-    opinion, sure = second_opinion(after, labels, config.sure_above)
-    return Lesson((extra & ~suspects) | (suspects & sure), torch.where(suspects, opinion, labels))
 
 
 erasers.add(

@@ -85,6 +85,24 @@ def second_opinion(purified: Tensor, labels: Tensor, sure_above: float) -> tuple
 
 
 @dataclass(frozen=True, eq=False)
+class Lesson:
+    """What the model is taught: images, bool (N,), and labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def next_lesson(
+    extra: Tensor, suspects: Tensor, purified: Tensor, labels: Tensor, relabel: bool, sure_above: float
+) -> Lesson:
+    """D_ext and, if `relabel`, the suspects too, under the labels of which the purified logits (N, K) are sure."""
+    if not relabel:
+        return Lesson(extra, labels)
+    opinion, sure = second_opinion(purified, labels, sure_above)
+    return Lesson((extra & ~suspects) | (suspects & sure), torch.where(suspects, opinion, labels))
+
+
+@dataclass(frozen=True, eq=False)
 class Examination:
     """What the cross-examination of the clusters found.
 
