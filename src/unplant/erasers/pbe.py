@@ -45,8 +45,8 @@ class PBEConfig(AdversarialConfig):
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"
     )
-    clean_below: Share = Field(default=0.35, description="Step 3: suspicion below which an image is taken as clean")
-    suspect_above: Share = Field(default=0.45, description="Step 3: suspicion above which an image is a suspect")
+    clean_below: Share = Field(default=0.3, description="Step 3: suspicion below which an image is taken as clean")
+    suspect_above: Share = Field(default=0.4, description="Step 3: suspicion above which an image is a suspect")
     sure_above: Share = Field(default=0.5, description="relabelling: probability that the new label must have")
     shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
     rounds: int = Field(default=2, ge=1, le=1000, description="repetitions of Steps 1 to 3")
