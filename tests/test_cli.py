@@ -30,13 +30,7 @@ def workshop(tmp_path_factory, trained):
     """A folder with a good model, a good data set and an array of bad things."""
     root = tmp_path_factory.mktemp("workshop")
     data = digits("test")
-    card = ModelCard(
-        arch="small_cnn:width=8",
-        classes=data.classes,
-        mean=tuple(trained.mean.flatten().tolist()),
-        std=tuple(trained.std.flatten().tolist()),
-        shape=data.shape,
-    )
+    card = ModelCard.of(trained, "small_cnn:width=8", data)
     save_classifier(root / "model.safetensors", trained, card)
     (root / "data").mkdir()
     write_folder(data.sample(200, torch.Generator().manual_seed(0)), root / "data")

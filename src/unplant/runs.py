@@ -65,6 +65,12 @@ class ModelCard(Config):
         default=(), max_length=3, description="(C, H, W) of its images"
     )
 
+    @classmethod
+    def of(cls, model: Classifier, arch: str, data: LabeledImages) -> "ModelCard":
+        """The card of a classifier of that architecture for such data."""
+        mean, std = (tuple(part.flatten().tolist()) for part in (model.mean, model.std))
+        return cls(arch=arch, classes=data.classes, mean=mean, std=std, shape=data.shape)
+
 
 def save_classifier(path: Path, model: nn.Module, card: ModelCard) -> None:
     """Writes a model's weights under their own keys, with the card that `open_classifier` reads."""

@@ -21,13 +21,7 @@ def run(*, attack: str, seed: int, out: Path, force: bool, json: bool, threads: 
         with progress_bar() as progress:
             demo = run_demo(attack, seed, progress)
         model, data = demo.planted.model, demo.planted.training_set.data
-        card = ModelCard(
-            arch="small_cnn",
-            classes=data.classes,
-            mean=tuple(model.mean.flatten().tolist()),
-            std=tuple(model.std.flatten().tolist()),
-            shape=data.shape,
-        )
+        card = ModelCard.of(model, "small_cnn", data)
         scores = {"before": demo.before.to_json(), "after": demo.after.to_json()}
         about = {"command": "demo", "attack": demo.planted.attack.to_json(), "seed": seed, **scores}
         result = save_erasure(folder, demo.erasure, data, card, ERASING, about)

@@ -48,7 +48,7 @@ def run(
         test_data = read(test, image_size=image_size, skip_bad=skip_bad_images) if test else None
         means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
         infected, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
-        infected.to(where)
+        infected.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = data.with_classes(card.classes)
         test_data = test_data.with_classes(card.classes) if test_data is not None else None
         check_knows(infected, data)

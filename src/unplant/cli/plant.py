@@ -36,13 +36,7 @@ def run(
             planted = plant(images, planned, arch, config, seed=seed, device=where, progress=progress)
         scores = evaluate(planted.model, test_images, planned) if test_images is not None else None
         truth = planted.training_set
-        card = ModelCard(
-            arch=arch,
-            classes=images.classes,
-            mean=tuple(planted.model.mean.flatten().tolist()),
-            std=tuple(planted.model.std.flatten().tolist()),
-            shape=images.shape,
-        )
+        card = ModelCard.of(planted.model, arch, images)
         save_classifier(folder / "model.safetensors", planted.model, card)
         for name in ("suspect", "truth"):
             (folder / name).mkdir()
