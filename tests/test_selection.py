@@ -191,7 +191,7 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
 
     monkeypatch.setattr("unplant.erasers.selection.logits", fake_logits)
     monkeypatch.setattr("unplant.erasers.selection.activations", lambda model, data: [layer])
-    found = cross_examine(Fake(None), data, lambda part, why: Fake(part), least_gain=0.125, balanced=0.25)
+    found = cross_examine(Fake(None), data, lambda part, why: Fake(part), least_gain=0.125, balanced=0.25, fallen=0.5)
     assert torch.equal(found.left_out, poisoned)
     assert torch.equal(found.start.taught, ~poisoned)
     assert (found.score[poisoned] > 0.9).all()

@@ -70,7 +70,7 @@ def explain(config: type[BaseModel], error: ValidationError) -> str:
 
 def _looks_like_grey_levels(config: type[BaseModel], name: str, value: Any) -> bool:
     field = config.model_fields.get(name)
-    limited_to_one = field is not None and any(getattr(limit, "le", None) == 1 for limit in field.metadata)
+    limited_to_one = field is not None and "le=1" in repr(field)  # also within Optional
     return limited_to_one and isinstance(value, (int, float)) and 1 < value <= 255
 
 

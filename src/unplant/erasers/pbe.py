@@ -42,6 +42,9 @@ class PBEConfig(AdversarialConfig):
         default=0.125, ge=0, description="clusters: nats an image from which a class is split in two"
     )
     balanced: Share = Field(default=0.25, description="clusters: share of the smaller group from which both are tried")
+    fallen: Share = Field(
+        default=0.5, description="clusters: mean loss of its label's probability from which a group stays out"
+    )
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"
     )
@@ -112,14 +115,14 @@ def pbe(
         found = cross_examine(
             infected, data,
             lambda part, why: learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share),
-            least_gain=config.least_gain, balanced=config.balanced,
+            least_gain=config.least_gain, balanced=config.balanced, fallen=config.fallen,
         )  # fmt: skip
         rounds[-1] |= {
             name: [round(v, 3) for v in getattr(found.split, name).tolist()] for name in ("gain", "minor_share")
         }
         purified, left_out = found.start, found.left_out
         suspicion = shared_suspicion(found.score, data.labels, left_out)
-        extra = below(suspicion + left_out, config.clean_below)
+        extra = below(suspicion, config.clean_below)
         suspects = left_out & (suspicion > config.suspect_above)
         lesson = next_lesson(extra, suspects, found.outputs, data.labels, config.relabel, config.sure_above)
 

@@ -122,7 +122,7 @@ class Examination:
 
 
 def cross_examine(
-    infected: nn.Module, data: LabeledImages, purify: Purify, *, least_gain: float, balanced: float
+    infected: nn.Module, data: LabeledImages, purify: Purify, *, least_gain: float, balanced: float, fallen: float
 ) -> Examination:
     """Finds, in each class, the group of images that needs no link to be recognised.
 
@@ -130,7 +130,8 @@ def cross_examine(
     adversarial fine-tuning tells: purify without the one, then without the other. Clean images that were left out
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
     all, because their label hung on the trigger alone. Where one group is much smaller it is left out without a
-    second trial: at worst a few clean images have to wait for Step 3.
+    second trial. In the end, a group whose label's probability fell by less than `fallen` in the mean, beyond that of
+    the rest of its class, is trusted again: it is a natural kind, such as digits written another way.
     """
     split = split_classes(activations(infected, data), data.labels, data.num_classes, least_gain=least_gain)
     before = logits(infected, data)
@@ -153,4 +154,6 @@ def cross_examine(
             start = other_start
         elif not torch.equal(left_out, split.minor):
             start = infected
+    trusted, distrusted = (_mean_by(data.labels, score, group) for group in (~left_out, left_out))
+    left_out = left_out & (distrusted - trusted > fallen)[data.labels]
     return Examination(left_out, score, outputs, start, split)
