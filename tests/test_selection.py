@@ -196,3 +196,31 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
     assert torch.equal(found.start.taught, ~poisoned)
     assert (found.score[poisoned] > 0.9).all()
     assert (found.score[~poisoned] == 0).all()
+
+
+def test_a_natural_group_that_falls_a_little_is_trusted_again(generator, monkeypatch):
+    """A rare way to write a digit: two groups in the features, but left out it keeps most of its label."""
+    rare = torch.zeros(100, dtype=torch.bool)
+    rare[:20] = True
+    data = LabeledImages(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64), ("a", "b"))
+    layer = torch.randn(100, 12, generator=generator)
+    layer[rare, :4] += 6
+
+    def outputs(chance):
+        return torch.tensor([[chance, 1 - chance]]).log().expand(100, 2)
+
+    calls = []
+    monkeypatch.setattr("unplant.erasers.selection.activations", lambda model, data: [layer])
+    monkeypatch.setattr(
+        "unplant.erasers.selection.logits",
+        lambda model, data: torch.where(rare[:, None] & (model is not None), outputs(0.6), outputs(0.99)),
+    )
+
+    def purify(part, why):
+        calls.append(part)
+        return nn.Identity()
+
+    found = cross_examine(None, data, purify, least_gain=0.125, balanced=0.25, fallen=0.5)
+    assert torch.equal(calls[0], ~rare)
+    assert not found.left_out.any()
+    assert float(found.score[rare].mean()) == pytest.approx(0.39, abs=1e-5)
