@@ -31,6 +31,10 @@ class AdversarialConfig(EraserConfig):
     random_start: bool = Field(default=True, description="PGD begins at a random point of the ball")
     adversarial_share: Share = Field(default=0.5, description="share of each batch that is made adversarial")
 
+    def passes(self, steps: int, data: LabeledImages) -> float:
+        """The cost of that many steps, in forward+backward passes per image of the data."""
+        return round(steps * self.batch_size * (1 + self.adversarial_share * self.pgd_steps) / len(data), 2)
+
 
 AdversarialType = TypeVar("AdversarialType", bound=AdversarialConfig)
 
@@ -153,7 +157,7 @@ def aft(
             purified = adversarial_fine_tuning(
                 purified, data, part, steps=count, generator=generator, progress=progress, title=title
             )
-            rounds.append({"step": title, "images": len(data), "steps": count})
+            rounds.append({"step": title, "images": len(data), "steps": count, "passes": part.passes(count, data)})
     return Erasure(purified, rounds=rounds)
 
 

@@ -32,7 +32,9 @@ def fine_tune(
     purified = copy.deepcopy(infected)
     steps = steps_of(config.epochs, data, config.batch_size)
     loss = fit(purified, data, steps=steps, config=config, generator=generator, progress=progress, title="fine-tuning")
-    return Erasure(purified, rounds=[{"step": "fine-tuning", "images": len(data), "steps": steps, "loss": loss}])
+    passes = round(steps * config.batch_size / len(data), 2)
+    done = {"step": "fine-tuning", "images": len(data), "steps": steps, "passes": passes, "loss": loss}
+    return Erasure(purified, rounds=[done])
 
 
 erasers.add("fine_tune", Method("fine_tune", "clean", FineTuneConfig, fine_tune))

@@ -99,10 +99,10 @@ def pbe(
     def learn(start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
         """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
         chosen = data.relabel(lesson.labels).select(lesson.images)
-        passes = steps * config.batch_size * (1 + adversarial_share * config.pgd_steps) / len(data)
-        rounds.append({"step": title, "images": len(chosen), "steps": steps, "passes": round(passes, 2)})
-        extra_sets.append(lesson.images & (lesson.labels == data.labels))
         settings = config.but(adversarial_share=adversarial_share)
+        passes = settings.passes(steps, data)
+        rounds.append({"step": title, "images": len(chosen), "steps": steps, "passes": passes})
+        extra_sets.append(lesson.images & (lesson.labels == data.labels))
         return adversarial_fine_tuning(
             start, chosen, settings, steps=steps, generator=generator, progress=progress, title=title
         )
