@@ -62,7 +62,7 @@ def demo(
     out: Out = Path("unplant-demo"),
     force: Force = False,
     json: Json = False,
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; the net is so small that more would fight.")] = 1,
 ) -> None:
     """Plants a backdoor in a small net on real digits, erases it without clean data, shows before and after."""
     from unplant.cli.demo import run
