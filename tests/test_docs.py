@@ -31,8 +31,13 @@ def options(command):
     function = getattr(application, command)
     names = {"--help", "--debug"}
     for name, parameter in inspect.signature(function).parameters.items():
-        declared = [text for item in parameter.annotation.__metadata__ for text in (item.param_decls or ())]
-        names |= {text for text in declared if text.startswith("-")} or {f"--{name.replace('_', '-')}"}
+        # In an annotation, typer keeps the first name of an option in `default`.
+        declared = [
+            text for item in parameter.annotation.__metadata__ for text in (item.default, *(item.param_decls or ()))
+        ]
+        names |= {text for text in declared if isinstance(text, str) and text.startswith("-")} or {
+            f"--{name.replace('_', '-')}"
+        }
     return names
 
 
