@@ -38,11 +38,13 @@ def row_of(folder: Path) -> dict[str, Any]:
     truth = folder.parent / Path(result["model"]).name / "truth" / "poison.csv"
     if truth.is_file() and result["suspects"] is not None:
         with truth.open(encoding="utf-8") as file:
-            poisoned = {line["file"] for line in csv.DictReader(file) if line["poisoned"] == "1"}
+            lines = list(csv.DictReader(file))
+        poisoned = {line["file"] for line in lines if line["poisoned"] == "1"}
+        whole = result["images"] == len(lines)  # of a part it isn't known which poisoned images were in it
         with (folder / "suspects.csv").open(encoding="utf-8") as file:
             flagged = {line["file"] for line in csv.DictReader(file)}
         hits = len(flagged & poisoned)
-        row["quality"] = {"precision": hits / max(1, len(flagged)), "recall": hits / len(poisoned)}
+        row["quality"] = {"precision": hits / max(1, len(flagged)), "recall": hits / len(poisoned) if whole else None}
     return row
 
 
@@ -55,7 +57,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         b, a, quality = row["before"], row["after"], row.get("quality")
-        found = f"{100 * quality['precision']:.1f} / {100 * quality['recall']:.1f}" if quality else "–"
+        found = " / ".join("–" if v is None else f"{100 * v:.1f}" for v in quality.values()) if quality else "–"
         passes = sum(step.get("passes", 0) for step in row["rounds"])
         cells = [
             row["run"],
