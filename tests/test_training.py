@@ -15,8 +15,8 @@ from unplant.errors import NumericalError, UsageError
 from unplant.evaluation import evaluate
 from unplant.images import LabeledImages
 from unplant.models import build
-from unplant.planting import TrainConfig, channel_statistics, plant, train
-from unplant.training import FitConfig, fit, steps_of
+from unplant.planting import TrainConfig, plant, train
+from unplant.training import FitConfig, channel_statistics, fit, steps_of
 
 PLAIN = {"padding": 0, "flip": False}
 
@@ -125,7 +125,7 @@ def test_frozen_parameters_stay_and_no_steps_change_nothing(few):
 def test_a_loss_that_is_not_finite_is_a_numerical_error(few, bad_step):
     calls = []
 
-    def change(model, pixels, labels):
+    def change(model, pixels, labels, indices):
         calls.append(1)
         return pixels * float("nan") if len(calls) == bad_step + 1 else pixels
 
@@ -144,7 +144,7 @@ def test_an_exploding_lr_is_a_numerical_error(few):
 def test_change_decides_what_the_model_is_trained_on(few):
     seen = []
 
-    def change(model, pixels, labels):
+    def change(model, pixels, labels, indices):
         assert model.training
         seen.append((pixels.shape, labels.shape))
         return torch.zeros_like(pixels)

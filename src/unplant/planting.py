@@ -1,28 +1,19 @@
 """Planting: poison a data set, train an infected model on it. For research on defences."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from pydantic import Field
 
 from unplant.attacks import parse_attack
 from unplant.classifier import Classifier
+from unplant.errors import UsageError
 from unplant.images import LabeledImages
-from unplant.models import build
-from unplant.params import Real
-from unplant.poisoning import Attack, PoisonedImages, poison
+from unplant.poisoning import Attack, Choice, ControlsTraining, Job, PoisonedImages, apply, choose
 from unplant.results import Progress
-from unplant.training import FitConfig, Schedule, fit, steps_of
+from unplant.training import TrainConfig, fit, new_classifier, steps_of, train
 
-__all__ = ["Planted", "TrainConfig", "channel_statistics", "parse_attack", "plant", "train"]
-
-
-class TrainConfig(FitConfig):
-    """How infected models, and clean ones to compare with, are trained from scratch."""
-
-    epochs: Real = Field(default=20, gt=0, description="passes over the training set")
-    lr: Real = Field(default=0.1, gt=0, description="peak learning rate")
-    schedule: Schedule = Field(default="one-cycle", description="constant, cosine or one-cycle")
+__all__ = ["Planted", "TrainConfig", "parse_attack", "plant", "poison_only", "train"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,34 +23,6 @@ class Planted:
     model: Classifier
     training_set: PoisonedImages
     attack: Attack
-
-
-def channel_statistics(data: LabeledImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, in pixel units, from at most 5,000 images."""
-    part = data.images[:: max(1, len(data) // 5000)].double() / 255
-    mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3)).clamp(min=1e-3)
-    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
-
-
-def train(
-    architecture: str,
-    data: LabeledImages,
-    config: TrainConfig,
-    *,
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> Classifier:
-    """A new classifier, trained from scratch on the data as it is."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = build(architecture, num_classes=data.num_classes, channels=data.shape[0])
-    mean, std = channel_statistics(data)
-    model = Classifier(backbone, mean, std).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = steps_of(config.epochs, data, config.batch_size)
-    fit(model, data, steps=steps, config=config, generator=generator, progress=progress, title="training")
-    return model.eval()
 
 
 def plant(
@@ -74,7 +37,8 @@ def plant(
 ) -> Planted:
     """Poisons a copy of the data and trains an infected model on it.
 
-    The training set comes in a random order, so that an image's place doesn't tell its true label.
+    The training set comes in a random order, so that an image's place doesn't tell its true label. Where the attacker
+    controls training, it is what a defender would find afterwards: the same images, with the final trigger.
 
     Args:
         data: clean training images.
@@ -84,8 +48,49 @@ def plant(
         seed: of the choice of poisoned images, the weights and the order.
         device: where to train.
         progress: told the share of training done.
+
+    Returns:
+        The model, the training set, and the attack with all that its trigger has learnt.
     """
+    config = config or TrainConfig()
+    data, attack, choice, generator = _prepare(data, attack, seed, device, progress)
+    if not isinstance(attack.trigger, ControlsTraining):
+        training_set = apply(data, attack, choice, generator)
+        model = train(architecture, training_set.data, config, seed=seed, device=device, progress=progress)
+        return Planted(model, training_set, attack)
+    model = new_classifier(architecture, data, seed=seed, device=device)
+    order, steps = torch.Generator().manual_seed(seed), steps_of(config.epochs, data, config.batch_size)
+    loop = partial(fit, steps=steps, config=config, generator=order, progress=progress)
+    attack = attack.but(trigger=attack.trigger.train(model, Job(data, attack, choice, generator, loop)))
+    return Planted(model.eval(), apply(data, attack, choice, generator), attack)
+
+
+def poison_only(
+    data: LabeledImages,
+    attack: Attack,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[PoisonedImages, Attack]:
+    """The training set that `plant` would train on, and the attack with all that its trigger has learnt; no model.
+
+    Raises:
+        UsageError: the attack controls training, so its data alone doesn't infect a model.
+    """
+    if isinstance(attack.trigger, ControlsTraining):
+        raise UsageError(f"{attack.trigger.id} controls training: its data alone would infect no model; plant a model")
+    data, attack, choice, generator = _prepare(data, attack, seed, device, progress)
+    return apply(data, attack, choice, generator), attack
+
+
+def _prepare(
+    data: LabeledImages, attack: Attack, seed: int, device: torch.device | str, progress: Progress | None
+) -> tuple[LabeledImages, Attack, Choice, torch.Generator]:
+    """The clean data in a random order, the attack with its prepared trigger, and which images it changes."""
     generator = torch.Generator().manual_seed(seed)
-    training_set = poison(data, attack, generator).select(torch.randperm(len(data), generator=generator))
-    model = train(architecture, training_set.data, config or TrainConfig(), seed=seed, device=device, progress=progress)
-    return Planted(model, training_set, attack)
+    choice = choose(data, attack, generator)
+    order = torch.randperm(len(data), generator=generator)
+    data, choice = data.select(order), choice.select(order)
+    learnt = attack.trigger.learn(data, attack, seed=seed, device=device, progress=progress)
+    return data, attack.but(trigger=learnt), choice, generator

@@ -1,29 +1,39 @@
 """What a backdoor attack is: a trigger, a map from true to wanted labels, and a recipe for the training set."""
 
+import base64
+import binascii
+import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from unplant.errors import UsageError
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.params import Config, Share, parse_spec
 from unplant.registry import Registry
+from unplant.results import Progress
+
+Access = Literal["data", "surrogate", "training"]
+"""What an attacker must control: the data alone; the data, with a model of their own to prepare it; the training."""
 
 
 class Trigger(Config, ABC):
     """What an attacker adds to an image: a pure, deterministic function of the pixels, one definition for all uses.
 
-    Subclasses are frozen settings with a `__call__`; `presets` names the constants of published sources.
+    Subclasses are frozen settings with a `__call__`; `presets` names the constants of published sources, `recipe` the
+    settings of `Attack` that the attack's paper prescribes. The other methods have defaults that suit most attacks.
     """
 
     id: ClassVar[str]
+    access: ClassVar[Access] = "data"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    recipe: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -33,12 +43,32 @@ class Trigger(Config, ABC):
             UsageError: there is no such preset.
         """
         if name not in cls.presets:
-            raise UsageError(f"{cls.id} has no preset {name!r}; there are: {', '.join(cls.presets)}")
+            raise UsageError(f"{cls.id} has no preset {name!r}; there are: {', '.join(cls.presets) or 'none'}")
         return cls(**cls.presets[name])
 
     @abstractmethod
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Float pixels (N, C, H, W) in [0, 1] → a changed copy, the same shape and range."""
+        """Float pixels (N, C, H, W) in [0, 1] → a changed copy, the same shape and range: the trigger at test time."""
+
+    def on_poison(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """What poisoned training images carry, if that isn't the trigger of test time.
+
+        Args:
+            pixels: float (N, C, H, W) in [0, 1], not modified.
+            labels: int64 (N,), the labels with which the images are trained on.
+            generator: CPU generator of all that differs between images.
+        """
+        return self(pixels)
+
+    def on_cover(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """What cover images carry: they keep their labels and teach the model what is *not* the trigger."""
+        return self.on_poison(pixels, labels, generator)
+
+    def learn(
+        self, data: LabeledImages, attack: "Attack", *, seed: int, device: Any, progress: Progress | None
+    ) -> Self:
+        """The trigger, prepared on the attacker's copy of the clean data, before any image is poisoned."""
+        return self
 
     def stamp(self, stored: Tensor) -> Tensor:
         """uint8 (N, C, H, W) → the triggered images as they exist on disk, rounded to 8 bits."""
@@ -46,6 +76,66 @@ class Trigger(Config, ABC):
 
 
 triggers: Registry[type[Trigger]] = Registry("attack")
+
+
+class ControlsTraining(Trigger):
+    """A trigger whose attacker trains the model too."""
+
+    access: ClassVar[Access] = "training"
+
+    @abstractmethod
+    def train(self, model: nn.Module, job: "Job") -> Self:
+        """Trains the infected model in place; returns the trigger, which may have been learnt along with it."""
+
+
+class LearnedTrigger(Trigger):
+    """A trigger with weights of its own, that planting learns.
+
+    The weights travel within the attack's JSON, as the base64 text of a safetensors file, so that the JSON describes
+    the trigger to the last bit.
+    """
+
+    access: ClassVar[Access] = "surrogate"
+
+    weights: str = Field(default="", max_length=2**26, repr=False, description="what planting learnt; not to be set")
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The trigger with those weights."""
+        from safetensors.torch import save
+
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        return self.but(weights=base64.b64encode(save(whole)).decode("ascii"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights.
+
+        Raises:
+            UsageError: nothing has been learnt yet, or the text is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        if not self.weights:
+            raise UsageError(
+                f"the trigger of {self.id} is learnt while planting; pass the attack.json that `unplant plant` wrote"
+            )
+        try:
+            return load(base64.b64decode(self.weights, validate=True))
+        except (binascii.Error, SafetensorError, ValueError) as error:
+            raise UsageError(f"the weights of the trigger {self.id} are damaged: {error}") from None
+
+    def load_into(self, network: nn.Module) -> nn.Module:
+        """That network with the weights, in eval mode.
+
+        Raises:
+            UsageError: they don't fit it.
+        """
+        try:
+            network.load_state_dict(self.tensors())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"the weights of the trigger {self.id} don't fit its settings: {reason}") from None
+        return network.eval().requires_grad_(False)
 
 
 class Attack(Config):
@@ -64,6 +154,12 @@ class Attack(Config):
     clean_label: bool = Field(
         default=False, description="trigger only images of the target class and keep their labels"
     )
+    cover_rate: Share = Field(
+        default=0.0, lt=1, description="share of the training set that is changed and keeps its labels"
+    )
+    sources: tuple[int, ...] = Field(
+        default=(), description="true labels on which the trigger shall work; none: on all (source-specific attacks)"
+    )
 
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
         """The label that each triggered image shall get, (N,)."""
@@ -73,10 +169,25 @@ class Attack(Config):
             raise UsageError(f"target label {self.target} doesn't exist: there are {num_classes} classes")
         return torch.full_like(labels, self.target)
 
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary that `from_json` turns back into an equal attack."""
-        values = self.model_dump(exclude={"trigger"})
-        return {"attack": self.trigger.id, "trigger": self.trigger.model_dump(), **values}
+    def concerns(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Bool (N,): the images on which the trigger shall work, and on which an ASR is counted."""
+        concerned = self.wanted(labels, num_classes) != labels
+        if not self.sources:
+            return concerned
+        if max(self.sources) >= num_classes or min(self.sources) < 0:
+            raise UsageError(f"source labels must lie in [0, {num_classes}), got {list(self.sources)}")
+        return concerned & torch.isin(labels, torch.tensor(self.sources))
+
+    def to_json(self, *, weights: bool = True) -> dict[str, Any]:
+        """A dictionary that `from_json` turns back into an equal attack.
+
+        Without `weights`, what a trigger has learnt is named by its SHA-256 only: for records, not for `from_json`.
+        """
+        values = self.model_dump(exclude={"trigger"}, mode="json")
+        trigger = self.trigger.model_dump(mode="json")
+        if not weights and trigger.get("weights"):
+            trigger["weights"] = "sha256:" + hashlib.sha256(trigger["weights"].encode()).hexdigest()
+        return {"attack": self.trigger.id, "trigger": trigger, **values}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Attack":
@@ -94,7 +205,10 @@ class Attack(Config):
 
 
 def parse_attack(spec: str, **recipe: Any) -> Attack:
-    """An attack from `badnets`, `badnets:size=4,pattern=white`, `sig:preset=pbe`, or JSON as `plant` writes it."""
+    """An attack from `badnets`, `badnets:size=4,pattern=white`, `sig:preset=pbe`, or JSON as `plant` writes it.
+
+    What `recipe` doesn't say is as the attack's paper has it.
+    """
     if spec.lstrip().startswith("{"):
         if recipe:
             raise UsageError("an attack's JSON already says target, label map and rate; leave the other options out")
@@ -106,7 +220,7 @@ def parse_attack(spec: str, **recipe: Any) -> Attack:
     kind = triggers[name]
     preset = settings.pop("preset", None)
     base = kind.preset(str(preset)) if preset is not None else kind()
-    return Attack(trigger=base.but(**settings), **recipe)
+    return Attack(trigger=base.but(**settings), **{**kind.recipe, **recipe})
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,51 +231,148 @@ class PoisonedImages:
         data: the images and labels to train on.
         poisoned: bool (N,), true where the trigger was added.
         true_labels: int64 (N,), the labels before the attack.
+        covered: bool (N,), true for cover images: changed, under their true labels.
     """
 
     data: LabeledImages
     poisoned: Tensor
     true_labels: Tensor
+    covered: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        if not len(self.covered):
+            object.__setattr__(self, "covered", torch.zeros_like(self.poisoned))
 
     def select(self, indices: Tensor) -> "PoisonedImages":
         """The images at those indices, in that order."""
-        return PoisonedImages(self.data.select(indices), self.poisoned[indices], self.true_labels[indices])
+        return PoisonedImages(
+            self.data.select(indices), self.poisoned[indices], self.true_labels[indices], self.covered[indices]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which images of a training set an attack changes: bool (N,) each, never both."""
+
+    poisoned: Tensor
+    covered: Tensor
+
+    def select(self, indices: Tensor) -> "Choice":
+        """The choice for the images at those indices, in that order."""
+        return Choice(self.poisoned[indices], self.covered[indices])
+
+
+def choose(data: LabeledImages, attack: Attack, generator: torch.Generator) -> Choice:
+    """Chooses exactly round(rate × N) images to poison, and round(cover rate × N) others as cover.
+
+    All-to-one takes the poisoned ones from the other classes (clean-label: from the target class), all-to-all from
+    all, a source-specific attack from its sources. Its cover comes from all classes but the sources and the target,
+    every other cover from all images that are left.
+
+    Raises:
+        UsageError: a rate gives no image, or more than there are to choose from; or the recipe contradicts itself.
+    """
+    labels = data.labels
+    if attack.label_map == "all-to-all" and (attack.clean_label or attack.sources):
+        kind = (
+            "a clean-label attack keeps the labels" if attack.clean_label else "a source-specific attack has a target"
+        )
+        raise UsageError(f"{kind}, so it can't be all-to-all")
+    if attack.clean_label and attack.sources:
+        raise UsageError("a clean-label attack poisons the target class only, so it can't have source labels")
+    wanted = attack.wanted(labels, data.num_classes)
+    eligible = wanted == labels if attack.clean_label else attack.concerns(labels, data.num_classes)
+    poisoned = _draw(eligible, attack.poisoning_rate, "poisoning rate", "poisoned", generator)
+    if not attack.cover_rate:
+        return Choice(poisoned, torch.zeros_like(poisoned))
+    left = ~poisoned
+    if attack.sources:
+        left &= ~attack.concerns(labels, data.num_classes) & (labels != wanted)
+    return Choice(poisoned, _draw(left, attack.cover_rate, "cover rate", "cover", generator))
+
+
+def _draw(eligible: Tensor, rate: float, name: str, kind: str, generator: torch.Generator) -> Tensor:
+    candidates = eligible.nonzero().flatten()
+    count = round(rate * len(eligible))
+    if not 0 < count <= len(candidates):
+        raise UsageError(
+            f"{name} {rate:g} of {len(eligible)} images means {count} {kind} ones, "
+            f"it must be 1 to {len(candidates)} (the images that the attack may change)"
+        )
+    mask = torch.zeros_like(eligible)
+    mask[candidates[torch.randperm(len(candidates), generator=generator)[:count]]] = True
+    return mask
+
+
+def apply(data: LabeledImages, attack: Attack, choice: Choice, generator: torch.Generator) -> PoisonedImages:
+    """The training set with the chosen images changed, rounded to 8 bits; the input is not modified."""
+    wanted = attack.wanted(data.labels, data.num_classes)
+    labels = torch.where(choice.poisoned, wanted, data.labels)
+    images = data.images.clone()
+    for mask, change in ((choice.poisoned, attack.trigger.on_poison), (choice.covered, attack.trigger.on_cover)):
+        for part in mask.nonzero().flatten().split(1024):
+            images[part] = to_stored(change(to_pixels(data.images[part]), labels[part], generator))
+    changed = LabeledImages(images, labels, data.classes, data.names)
+    return PoisonedImages(changed, choice.poisoned, data.labels.clone(), choice.covered)
 
 
 def poison(data: LabeledImages, attack: Attack, generator: torch.Generator) -> PoisonedImages:
-    """Poisons exactly round(rate × N) images; the input is not modified.
-
-    All-to-one takes them from the other classes (clean-label: from the target class), all-to-all from all.
+    """Chooses and changes: a poisoned copy of the data; the input is not modified.
 
     Raises:
-        UsageError: the rate gives no image, or more than there are to choose from.
+        UsageError: as `choose` does.
     """
-    wanted = attack.wanted(data.labels, data.num_classes)
-    if attack.clean_label and attack.label_map == "all-to-all":
-        raise UsageError("a clean-label attack keeps the labels, so it can't be all-to-all")
-    eligible = wanted == data.labels if attack.clean_label else wanted != data.labels
-    candidates = eligible.nonzero().flatten()
-    count = round(attack.poisoning_rate * len(data))
-    if not 0 < count <= len(candidates):
-        raise UsageError(
-            f"poisoning rate {attack.poisoning_rate:g} of {len(data)} images means {count} poisoned ones, "
-            f"it must be 1 to {len(candidates)} (the images that the attack may change)"
-        )
-    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
-    images, labels = data.images.clone(), data.labels.clone()
-    images[chosen] = attack.trigger.stamp(data.images[chosen])
-    labels[chosen] = wanted[chosen]
-    mask = torch.zeros(len(data), dtype=torch.bool)
-    mask[chosen] = True
-    return PoisonedImages(LabeledImages(images, labels, data.classes, data.names), mask, data.labels.clone())
+    return apply(data, attack, choose(data, attack, generator), generator)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What an attack that controls training works with.
+
+    Attributes:
+        clean: the training images before the attack.
+        attack: the recipe.
+        choice: which of them are poisoned, which are cover.
+        generator: CPU generator of the images' changes.
+        fit: `training.fit` with steps, configuration and generator filled in: `fit(model, data, change=None)`.
+    """
+
+    clean: LabeledImages
+    attack: Attack
+    choice: Choice
+    generator: torch.Generator
+    fit: Callable[..., float]
+
+    def training_set(self) -> PoisonedImages:
+        """The poisoned training set, as a defender would get it."""
+        return apply(self.clean, self.attack, self.choice, self.generator)
+
+    def fresh_cover(self) -> LabeledImages:
+        """The poisoned training set whose cover images are drawn anew each time that they are read."""
+        data = self.training_set().data
+        return _FreshCover(data.images, data.labels, data.classes, data.names, self)
+
+
+@dataclass(frozen=True, eq=False)
+class _FreshCover(LabeledImages):
+    job: Job = None  # type: ignore[assignment]
+
+    def pixels(self, indices: Any = slice(None)) -> Tensor:
+        pixels, job = super().pixels(indices), self.job
+        covered = job.choice.covered[indices]
+        if covered.any():
+            clean, labels = job.clean.pixels(indices)[covered], self.labels[indices][covered]
+            pixels[covered] = to_pixels(to_stored(job.attack.trigger.on_cover(clean, labels, job.generator)))
+        return pixels
 
 
 def triggered_test_set(test: LabeledImages, attack: Attack) -> tuple[LabeledImages, LabeledImages]:
-    """The test images that can count for an ASR (true label ≠ wanted label): untouched, and with the trigger.
+    """The test images that can count for an ASR: untouched, and with the trigger.
 
-    The triggered ones carry the *wanted* labels, the untouched ones the true labels.
+    These are the images whose true label is not the wanted one; of a source-specific attack, the sources' only. The
+    triggered ones carry the *wanted* labels, the untouched ones the true labels.
     """
-    wanted = attack.wanted(test.labels, test.num_classes)
-    clean = test.select(wanted != test.labels)
-    images = attack.trigger.stamp(clean.images)
-    return clean, LabeledImages(images, wanted[wanted != test.labels], test.classes, clean.names)
+    concerned = attack.concerns(test.labels, test.num_classes)
+    clean = test.select(concerned)
+    wanted = attack.wanted(clean.labels, test.num_classes)
+    return clean, LabeledImages(attack.trigger.stamp(clean.images), wanted, test.classes, clean.names)

@@ -10,17 +10,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.augment import Augment, augment
-from unplant.classifier import device_of
+from unplant.classifier import Classifier, device_of
 from unplant.devices import Precision, autocast
 from unplant.errors import NumericalError
 from unplant.images import LabeledImages, forever
+from unplant.models import build
 from unplant.params import Real
 from unplant.results import Progress
 
 Schedule = Literal["constant", "cosine", "one-cycle"]
 
-Change = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, pixels, labels) → the pixels that the model is trained on, for instance adversarial ones."""
+Change = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""(model, pixels, labels, indices) → the pixels that the model is trained on, for instance adversarial ones.
+
+The indices (B,) say which images of the data these are. Parameters of others that the result depends on get their
+gradient from the step's backward pass too.
+"""
 
 
 class FitConfig(Augment):
@@ -37,6 +42,14 @@ class FitConfig(Augment):
     precision: Precision = Field(
         default="float32", description="of convolutions and matrix products; weights are float32"
     )
+
+
+class TrainConfig(FitConfig):
+    """How models are trained from scratch: infected ones, and clean ones to compare with."""
+
+    epochs: Real = Field(default=20, gt=0, description="passes over the training set")
+    lr: Real = Field(default=0.1, gt=0, description="peak learning rate")
+    schedule: Schedule = Field(default="one-cycle", description="constant, cosine or one-cycle")
 
 
 def fit(
@@ -82,7 +95,7 @@ def fit(
                 model.train()
                 with autocast(device, config.precision):
                     if change is not None:
-                        pixels = change(model, pixels, labels)
+                        pixels = change(model, pixels, labels, indices)
                     out = model(pixels)
                 loss = F.cross_entropy(out.float(), labels)
                 optimiser.zero_grad(set_to_none=True)
@@ -100,6 +113,40 @@ def fit(
                 module.training = mode
     last = losses[-max(1, steps // 10) :]
     return float(torch.stack(last).mean()) if last else float("nan")
+
+
+def new_classifier(architecture: str, data: LabeledImages, *, seed: int, device: torch.device | str) -> Classifier:
+    """An untrained classifier for such images; mean and std are theirs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build(architecture, num_classes=data.num_classes, channels=data.shape[0])
+    mean, std = channel_statistics(data)
+    return Classifier(backbone, mean, std).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def train(
+    architecture: str,
+    data: LabeledImages,
+    config: TrainConfig,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    title: str = "training",
+) -> Classifier:
+    """A new classifier, trained from scratch on the data as it is."""
+    model = new_classifier(architecture, data, seed=seed, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    steps = steps_of(config.epochs, data, config.batch_size)
+    fit(model, data, steps=steps, config=config, generator=generator, progress=progress, title=title)
+    return model.eval()
+
+
+def channel_statistics(data: LabeledImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in pixel units, from at most 5,000 images."""
+    part = data.images[:: max(1, len(data) // 5000)].double() / 255
+    mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3)).clamp(min=1e-3)
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
 def steps_of(epochs: float, data: LabeledImages, batch_size: int) -> int:
