@@ -53,16 +53,20 @@ def plant(
         The model, the training set, and the attack with all that its trigger has learnt.
     """
     config = config or TrainConfig()
-    data, attack, choice, generator = _prepare(data, attack, seed, device, progress)
     if not isinstance(attack.trigger, ControlsTraining):
-        training_set = apply(data, attack, choice, generator)
+        training_set, attack = poison_only(data, attack, seed=seed, device=device, progress=progress)
         model = train(architecture, training_set.data, config, seed=seed, device=device, progress=progress)
         return Planted(model, training_set, attack)
+    data, choice, generator = shuffled_choice(data, attack, seed)
+    learnt = attack.trigger.learn(data, attack, seed=seed, device=device, progress=progress)
+    attack = attack.but(trigger=learnt)
     model = new_classifier(architecture, data, seed=seed, device=device)
     order, steps = torch.Generator().manual_seed(seed), steps_of(config.epochs, data, config.batch_size)
     loop = partial(fit, steps=steps, config=config, generator=order, progress=progress)
-    attack = attack.but(trigger=attack.trigger.train(model, Job(data, attack, choice, generator, loop)))
-    return Planted(model.eval(), apply(data, attack, choice, generator), attack)
+    trained = learnt.train(model, Job(data, attack, choice, generator, steps, loop))
+    attack = attack.but(trigger=trained)
+    changes = torch.Generator().manual_seed(seed)
+    return Planted(model.eval(), apply(data, attack, choice, changes), attack)
 
 
 def poison_only(
@@ -80,17 +84,15 @@ def poison_only(
     """
     if isinstance(attack.trigger, ControlsTraining):
         raise UsageError(f"{attack.trigger.id} controls training: its data alone would infect no model; plant a model")
-    data, attack, choice, generator = _prepare(data, attack, seed, device, progress)
+    data, choice, generator = shuffled_choice(data, attack, seed)
+    learnt = attack.trigger.learn(data, attack, seed=seed, device=device, progress=progress)
+    attack = attack.but(trigger=learnt)
     return apply(data, attack, choice, generator), attack
 
 
-def _prepare(
-    data: LabeledImages, attack: Attack, seed: int, device: torch.device | str, progress: Progress | None
-) -> tuple[LabeledImages, Attack, Choice, torch.Generator]:
-    """The clean data in a random order, the attack with its prepared trigger, and which images it changes."""
+def shuffled_choice(data: LabeledImages, attack: Attack, seed: int) -> tuple[LabeledImages, Choice, torch.Generator]:
+    """The clean data in a random order, which of it the attack changes, and the generator for what comes then."""
     generator = torch.Generator().manual_seed(seed)
     choice = choose(data, attack, generator)
     order = torch.randperm(len(data), generator=generator)
-    data, choice = data.select(order), choice.select(order)
-    learnt = attack.trigger.learn(data, attack, seed=seed, device=device, progress=progress)
-    return data, attack.but(trigger=learnt), choice, generator
+    return data.select(order), choice.select(order), generator

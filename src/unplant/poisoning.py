@@ -27,13 +27,15 @@ class Trigger(Config, ABC):
     """What an attacker adds to an image: a pure, deterministic function of the pixels, one definition for all uses.
 
     Subclasses are frozen settings with a `__call__`; `presets` names the constants of published sources, `recipe` the
-    settings of `Attack` that the attack's paper prescribes. The other methods have defaults that suit most attacks.
+    settings of `Attack` that the attack's paper prescribes, `cover_ratio` its number of cover images for each poisoned
+    one. The other methods have defaults that suit most attacks.
     """
 
     id: ClassVar[str]
     access: ClassVar[Access] = "data"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     recipe: ClassVar[Mapping[str, Any]] = {}
+    cover_ratio: ClassVar[float] = 0.0
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -154,8 +156,8 @@ class Attack(Config):
     clean_label: bool = Field(
         default=False, description="trigger only images of the target class and keep their labels"
     )
-    cover_rate: Share = Field(
-        default=0.0, lt=1, description="share of the training set that is changed and keeps its labels"
+    cover_rate: Share | None = Field(
+        default=None, lt=1, description="share that is changed and keeps its labels; none: as the attack's paper has it"
     )
     sources: tuple[int, ...] = Field(
         default=(), description="true labels on which the trigger shall work; none: on all (source-specific attacks)"
@@ -283,12 +285,13 @@ def choose(data: LabeledImages, attack: Attack, generator: torch.Generator) -> C
     wanted = attack.wanted(labels, data.num_classes)
     eligible = wanted == labels if attack.clean_label else attack.concerns(labels, data.num_classes)
     poisoned = _draw(eligible, attack.poisoning_rate, "poisoning rate", "poisoned", generator)
-    if not attack.cover_rate:
+    cover_rate = attack.trigger.cover_ratio * attack.poisoning_rate if attack.cover_rate is None else attack.cover_rate
+    if not cover_rate:
         return Choice(poisoned, torch.zeros_like(poisoned))
     left = ~poisoned
     if attack.sources:
         left &= ~attack.concerns(labels, data.num_classes) & (labels != wanted)
-    return Choice(poisoned, _draw(left, attack.cover_rate, "cover rate", "cover", generator))
+    return Choice(poisoned, _draw(left, cover_rate, "cover rate", "cover", generator))
 
 
 def _draw(eligible: Tensor, rate: float, name: str, kind: str, generator: torch.Generator) -> Tensor:
@@ -334,6 +337,7 @@ class Job:
         attack: the recipe.
         choice: which of them are poisoned, which are cover.
         generator: CPU generator of the images' changes.
+        steps: gradient steps that `fit` will do.
         fit: `training.fit` with steps, configuration and generator filled in: `fit(model, data, change=None)`.
     """
 
@@ -341,6 +345,7 @@ class Job:
     attack: Attack
     choice: Choice
     generator: torch.Generator
+    steps: int
     fit: Callable[..., float]
 
     def training_set(self) -> PoisonedImages:

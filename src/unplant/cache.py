@@ -1,0 +1,127 @@
+"""Infected models by the hash of their configuration: the same settings are trained once, others are another model."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from unplant.errors import UnplantError, WriteError
+from unplant.files import OutputFolder, write_atomically
+from unplant.images import LabeledImages
+from unplant.planting import Planted, TrainConfig, plant, shuffled_choice
+from unplant.poisoning import Attack, PoisonedImages, parse_attack
+from unplant.results import Progress
+from unplant.runs import ModelCard, open_classifier, save_classifier, write_json
+
+FORMAT = 1
+"""Raised whenever planting changes what the same settings give."""
+
+
+def default_folder() -> Path:
+    """`$UNPLANT_CACHE`, else `~/.cache/unplant`."""
+    return Path(os.environ.get("UNPLANT_CACHE") or Path.home() / ".cache" / "unplant")
+
+
+def settings_of(
+    data: LabeledImages, attack: Attack, architecture: str, config: TrainConfig, seed: int
+) -> dict[str, Any]:
+    """All that decides what is planted."""
+    return {
+        "format": FORMAT,
+        "attack": attack.to_json(),
+        "architecture": architecture,
+        "training": config.model_dump(mode="json"),
+        "seed": seed,
+        "data": data.fingerprint(),
+    }
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings, as 16 hexadecimal digits.
+
+    >>> key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 1, "b": 3})
+    True
+    """
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plant_cached(
+    data: LabeledImages,
+    attack: Attack,
+    architecture: str = "small_cnn",
+    config: TrainConfig | None = None,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Planted, bool]:
+    """As `plant`; a model with the same settings that lies in the cache already is taken from there.
+
+    Returns:
+        What was planted, and whether it came from the cache. A damaged entry is planted anew.
+
+    Raises:
+        WriteError: the cache can't be written.
+    """
+    config = config or TrainConfig()
+    settings = settings_of(data, attack, architecture, config, seed)
+    root = folder or default_folder()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"can't write the cache {root}: {error.strerror or error}") from error
+    entry = root / f"{attack.trigger.id}-{key_of(settings)}"
+    if entry.exists():
+        try:
+            return _load(entry, settings, data, attack, architecture, seed), True
+        except (UnplantError, OSError, ValueError, KeyError, SafetensorError):
+            pass  # planted anew below
+    planted = plant(data, attack, architecture, config, seed=seed, device=device, progress=progress)
+    with OutputFolder(entry, force=True) as part:
+        save_planted(part, planted, settings, architecture)
+    return planted, False
+
+
+def save_planted(part: Path, planted: Planted, settings: dict[str, Any], architecture: str) -> None:
+    """Fills the folder of a cache entry."""
+    truth = planted.training_set
+    changed = (truth.poisoned | truth.covered).nonzero().flatten()
+    save_classifier(part / "model.safetensors", planted.model, ModelCard.of(planted.model, architecture, truth.data))
+    write_json(part / "attack.json", planted.attack.to_json())
+    write_atomically(part / "changed.safetensors", save({"places": changed, "images": truth.data.images[changed]}))
+    about = {"settings": settings, "training_set": truth.data.fingerprint(), "weights": _digest(part)}
+    write_json(part / "result.json", about)
+
+
+def _digest(entry: Path) -> str:
+    return hashlib.sha256((entry / "model.safetensors").read_bytes()).hexdigest()
+
+
+def _load(
+    entry: Path, settings: dict[str, Any], data: LabeledImages, attack: Attack, architecture: str, seed: int
+) -> Planted:
+    """Raises one of several errors if anything isn't as it was saved."""
+    about = json.loads((entry / "result.json").read_text(encoding="utf-8"))
+    if about["settings"] != json.loads(json.dumps(settings)):
+        raise ValueError("another model has the same key")
+    if about["weights"] != _digest(entry):
+        raise ValueError("the weights are damaged")
+    shuffled, choice, _ = shuffled_choice(data, attack, seed)
+    stored = load((entry / "changed.safetensors").read_bytes())
+    images = shuffled.images.clone()
+    images[stored["places"]] = stored["images"]
+    labels = torch.where(choice.poisoned, attack.wanted(shuffled.labels, data.num_classes), shuffled.labels)
+    training_data = LabeledImages(images, labels, data.classes, shuffled.names)
+    if training_data.fingerprint() != about["training_set"]:
+        raise ValueError("the training set is damaged")
+    model, _ = open_classifier(entry, data, arch=architecture)
+    learnt = parse_attack((entry / "attack.json").read_text(encoding="utf-8"))
+    truth = PoisonedImages(training_data, choice.poisoned, shuffled.labels, choice.covered)
+    return Planted(model.to(memory_format=torch.channels_last), truth, learnt)  # type: ignore[call-overload]
