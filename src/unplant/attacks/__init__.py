@@ -3,6 +3,7 @@
 from unplant.attacks import (
     badnets,
     blended,
+    ctrl,
     input_aware,
     lf,
     sig,
@@ -13,6 +14,7 @@ from unplant.poisoning import parse_attack, triggers
 __all__ = [
     "badnets",
     "blended",
+    "ctrl",
     "input_aware",
     "lf",
     "parse_attack",
