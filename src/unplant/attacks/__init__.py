@@ -3,6 +3,7 @@
 from unplant.attacks import (
     badnets,
     blended,
+    bpp,
     ctrl,
     input_aware,
     lf,
@@ -14,6 +15,7 @@ from unplant.poisoning import parse_attack, triggers
 __all__ = [
     "badnets",
     "blended",
+    "bpp",
     "ctrl",
     "input_aware",
     "lf",
