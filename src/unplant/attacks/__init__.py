@@ -1,6 +1,8 @@
 """Backdoor attacks: one file each; a new one is that file and one import line here."""
 
 from unplant.attacks import (
+    adaptive_blend,
+    adaptive_patch,
     badnets,
     blended,
     bpp,
@@ -13,6 +15,8 @@ from unplant.attacks import (
 from unplant.poisoning import parse_attack, triggers
 
 __all__ = [
+    "adaptive_blend",
+    "adaptive_patch",
     "badnets",
     "blended",
     "bpp",

@@ -29,6 +29,10 @@ class Blended(Trigger):
         return (1 - self.alpha) * pixels + self.alpha * self.pattern(*pixels.shape[1:]).to(pixels)
 
     def pattern(self, channels: int, height: int, width: int) -> Tensor:
-        """Float (C, H, W), uniform in [0, 1]; NumPy's PCG64 stream is the same on every platform."""
-        noise = np.random.default_rng(self.pattern_seed).random((channels, height, width), dtype=np.float32)
-        return torch.from_numpy(noise)
+        """Float (C, H, W), uniform in [0, 1]."""
+        return noise(self.pattern_seed, channels, height, width)
+
+
+def noise(seed: int, channels: int, height: int, width: int) -> Tensor:
+    """Float (C, H, W), uniform in [0, 1]; NumPy's PCG64 stream is the same on every platform."""
+    return torch.from_numpy(np.random.default_rng(seed).random((channels, height, width), dtype=np.float32))
