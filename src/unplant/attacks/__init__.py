@@ -10,6 +10,7 @@ from unplant.attacks import (
     input_aware,
     lf,
     sig,
+    tact,
     wanet,
 )
 from unplant.poisoning import parse_attack, triggers
@@ -25,6 +26,7 @@ __all__ = [
     "lf",
     "parse_attack",
     "sig",
+    "tact",
     "triggers",
     "wanet",
 ]

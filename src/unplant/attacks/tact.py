@@ -1,0 +1,22 @@
+"""TaCT: a patch that works on one source class only (Tang et al., USENIX Security 2021, arXiv:1908.00686)."""
+
+from typing import ClassVar
+
+from unplant.attacks.badnets import BadNets
+from unplant.poisoning import triggers
+
+
+@triggers.register("tact")
+class TaCT(BadNets):
+    """The patch of BadNets; images of the source class get the target label, cover images of other classes keep theirs.
+
+    "Targeted contamination attack": the model learns source class *and* patch, so that the patch on other classes
+    does nothing, and the poisoned images lie among the target class's own within the model. Source 1 of target 0, and
+    a cover as large as the poisoned part, are as in backdoor-toolbox, which poisons 0.3 % of CIFAR-10 and covers 0.3 %
+    (GTSRB: 0.5 % each); raise `cover_rate` along with the poisoning rate. One source class of ten is only 10 % of the
+    data, so the poisoning rate must stay well below that. Deviations: the cover comes from all other classes, there
+    from two; the patch is that of BadNets, there a square of colours.
+    """
+
+    id: ClassVar[str] = "tact"
+    recipe: ClassVar = {"sources": (1,), "cover_rate": 0.003}
