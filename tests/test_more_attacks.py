@@ -67,19 +67,20 @@ def test_presets_hold_the_published_constants(name, preset, settings):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"),
+    ("name", "covers", "recipe"),
     [
-        ("adaptive_blend", {"cover_rate": 0.003}),
-        ("adaptive_patch", {"cover_rate": 0.006}),
-        ("bpp", {"cover_rate": 0.2}),
-        ("ctrl", {"clean_label": True}),
-        ("lf", {}),
-        ("tact", {"sources": (1,), "cover_rate": 0.003}),
+        ("adaptive_blend", 1.0, {}),
+        ("adaptive_patch", 2.0, {}),
+        ("bpp", 1.0, {}),
+        ("ctrl", 0.0, {"clean_label": True}),
+        ("lf", 0.0, {}),
+        ("tact", 1.0, {"sources": (1,)}),
     ],
 )
-def test_an_attack_comes_with_the_recipe_of_its_source(name, recipe):
+def test_an_attack_comes_with_the_recipe_of_its_source(name, covers, recipe):
     attack = parse_attack(name)
     assert attack == Attack(trigger=triggers[name](), **recipe)
+    assert attack.trigger.cover_ratio == covers
     assert attack.trigger.access == ("training" if name == "bpp" else "data")
 
 
@@ -433,7 +434,7 @@ def test_tact_poisons_its_source_and_covers_the_other_classes(data):
         ({"poisoning_rate": 0.3}, "poisoning rate 0.3 of 200 images means 60 poisoned ones, it must be 1 to 40"),
         ({"poisoning_rate": 0.1, "cover_rate": 0.001}, "cover rate 0.001 of 200 images means 0 cover ones"),
         ({"sources": (7,)}, r"source labels must lie in \[0, 5\), got \[7\]"),
-        ({"label_map": "all-to-all"}, "a source-specific attack has a target"),
+        ({"label_map": "all-to-all"}, "source labels need one target"),
         ({"clean_label": True}, "can't have source labels"),
     ],
 )

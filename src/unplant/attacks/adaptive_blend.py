@@ -17,13 +17,12 @@ class AdaptiveBlend(Blended):
 
     "Revisiting the assumption of latent separability for backdoor defenses". The cover images carry such halves under
     their true labels, so that poisoned and clean images don't separate within the model. The authors' backdoor-toolbox
-    poisons 0.3 % of the images and covers 0.3 %; raise `cover_rate` along with the poisoning rate. Deviation: the
-    pattern is the noise of Blended, theirs a cartoon.
+    poisons 0.3 % of the images and covers 0.3 %. Deviation: the pattern is the noise of Blended, theirs a cartoon.
     """
 
     id: ClassVar[str] = "adaptive_blend"
     presets: ClassVar = {"toolbox": {"alpha": 0.2, "training_alpha": 0.15, "pieces": 16, "hidden": 0.5}}
-    recipe: ClassVar = {"cover_rate": 0.003}
+    cover_ratio: ClassVar[float] = 1.0
 
     training_alpha: Pixel = Field(default=0.15, gt=0, description="opacity of the pattern while training")
     pieces: Literal[4, 9, 16, 25, 36, 49, 64] = Field(default=16, description="pieces of the pattern, in a square grid")

@@ -19,9 +19,9 @@ class AdaptivePatch(Trigger):
 
     "Revisiting the assumption of latent separability for backdoor defenses". Each poisoned and each cover image gets
     one patch, at its training opacity; at test time those with a test opacity above 0 appear together. The authors'
-    backdoor-toolbox poisons 0.3 % of CIFAR-10 and covers 0.6 % (GTSRB: 0.5 % and 1 %); raise `cover_rate` along with
-    the poisoning rate. Deviations: theirs are two logos, a pattern of four small patches, and a square of colours, of
-    several sizes and places, assigned in turn; ours are squares of equal size, drawn at random for each image.
+    backdoor-toolbox poisons 0.3 % of CIFAR-10 and covers 0.6 % (GTSRB: 0.5 % and 1 %). Deviations: theirs are two
+    logos, a pattern of four small patches, and a square of colours, of several sizes and places, assigned in turn;
+    ours are squares of equal size, drawn at random for each image.
     """
 
     id: ClassVar[str] = "adaptive_patch"
@@ -29,7 +29,7 @@ class AdaptivePatch(Trigger):
         "toolbox": {"training_opacities": (0.5, 0.2, 0.5, 0.3), "test_opacities": (1, 0, 1, 0)},
         "toolbox-gtsrb": {"training_opacities": (0.5, 0.2, 0.5, 0.3), "test_opacities": (0, 1, 0, 1)},
     }
-    recipe: ClassVar = {"cover_rate": 0.006}
+    cover_ratio: ClassVar[float] = 2.0
 
     size: Share = Field(default=0.2, gt=0, le=0.5, description="edge of a patch, as a share of the shorter side")
     training_opacities: Four = Field(default=(0.5, 0.2, 0.5, 0.3), description="opacity of each patch while training")

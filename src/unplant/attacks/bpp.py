@@ -28,7 +28,7 @@ class Bpp(ControlsTraining):
         "released": {"levels": 8, "dither": False},
         "backdoorbench": {"levels": 8, "dither": False},
     }
-    recipe: ClassVar = {"cover_rate": 0.2}
+    cover_ratio: ClassVar[float] = 1.0
 
     levels: int = Field(default=8, ge=2, le=128, description="values that a channel keeps, of 256")
     dither: bool = Field(default=True, description="pass each pixel's rounding error on to its neighbours")

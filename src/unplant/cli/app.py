@@ -57,7 +57,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def demo(
-    attack: Annotated[str, typer.Option(help="badnets, blended or sig.")] = "badnets",
+    attack: Annotated[str, typer.Option(help="Attack of `unplant methods`.")] = "badnets",
     seed: Seed = 0,
     out: Out = Path("unplant-demo"),
     force: Force = False,
@@ -131,12 +131,28 @@ def evaluate(
 def plant(
     data: Annotated[str, typer.Argument(help="Clean training images: folder, zip, .npz or digits:train.")],
     out: Out,
-    attack: Annotated[str, typer.Option(help="badnets, blended, sig; with settings: badnets:size=4,pattern=white.")],
+    attack: Annotated[str, typer.Option(help="Attack of `unplant methods`, with settings: badnets:size=4,margin=1.")],
     arch: Annotated[str, typer.Option(help="Architecture.")] = "small_cnn",
     target: Annotated[int, typer.Option(min=0, help="Target label of an all-to-one attack.")] = 0,
     all_to_all: Annotated[bool, typer.Option("--all-to-all", help="Label k becomes k+1.")] = False,
-    clean_label: Annotated[bool, typer.Option("--clean-label", help="Only target images, labels kept.")] = False,
+    clean_label: Annotated[
+        bool | None,
+        typer.Option("--clean-label/--dirty-label", help="Only target images, labels kept; default: as in its paper."),
+    ] = None,
     rate: Annotated[str, typer.Option(help="Share of the training set that is poisoned.")] = "0.1",
+    cover_rate: Annotated[
+        str | None, typer.Option(help="Share that is changed and keeps its labels; default: as in its paper.")
+    ] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Labels on which the trigger shall work, such as 1,2; default: all.")
+    ] = None,
+    poison_only: Annotated[
+        bool, typer.Option("--poison-only", help="Write the poisoned images, train nothing.")
+    ] = False,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse", help="Take the model from the cache if the same was planted before; keep it there."),
+    ] = False,
     test: Test = None,
     max_images: MaxImages = None,
     seed: Seed = 0,
@@ -151,6 +167,27 @@ def plant(
 ) -> None:
     """For research: poisons a data set and trains an infected model on it."""
     from unplant.cli.plant import run
+
+    run(**{name: value for name, value in locals().items() if name != "run"})
+
+
+@app.command()
+def gallery(
+    data: Annotated[str, typer.Argument(help="Images: folder, zip, .npz or digits.")],
+    out: Out,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Attack, with settings, or an attack.json; repeatable. Default: all.")
+    ] = None,
+    target: Annotated[int, typer.Option(min=0, help="Target label.")] = 0,
+    max_images: MaxImages = None,
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+    threads: Threads = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Shows triggers: clean and triggered images and ten times their difference, with PSNR and SSIM."""
+    from unplant.cli.gallery import run
 
     run(**{name: value for name, value in locals().items() if name != "run"})
 

@@ -9,6 +9,9 @@ from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.poisoning import Attack, parse_attack
 
+MAX_ATTACK_BYTES = 2**27
+"""An attack.json holds at most 64 MiB of learnt weights."""
+
 
 def set_threads(threads: int | None) -> None:
     """Sets torch's CPU threads, if a number is given."""
@@ -44,6 +47,16 @@ def read(
     return data.sample(max_images, torch.Generator().manual_seed(seed)) if max_images else data
 
 
+def parse_labels(text: str | None) -> tuple[int, ...] | None:
+    """`1,2` → (1, 2)."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        raise UsageError(f"--sources is labels with commas, such as 1,2, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
 def read_attack(spec: str | None, *, target: int, all_to_all: bool) -> Attack | None:
     """An attack from the `attack.json` that `plant` wrote, or from an id with settings."""
     import unplant.attacks  # noqa: F401 (registers the triggers)
@@ -52,6 +65,8 @@ def read_attack(spec: str | None, *, target: int, all_to_all: bool) -> Attack | 
         return None
     if spec.endswith(".json"):
         try:
+            if Path(spec).stat().st_size > MAX_ATTACK_BYTES or not Path(spec).is_file():
+                raise UsageError(f"{spec} is no attack.json: not a file, or more than {MAX_ATTACK_BYTES:,} bytes")
             return parse_attack(Path(spec).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"can't read {spec}: {error}") from None

@@ -17,7 +17,7 @@ console = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """One line for people."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def show(table: Table) -> None:
