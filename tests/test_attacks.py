@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from attack_helpers import ready, same_images
 from torch import nn
 
 import unplant.attacks
@@ -47,7 +48,7 @@ def test_the_three_attacks_are_registered():
 @each_trigger
 @each_shape
 def test_a_trigger_keeps_shape_dtype_and_range_and_changes_the_image(trigger, shape):
-    pixels = to_pixels(random_images(5, *shape))
+    trigger, pixels = ready(trigger, shape), to_pixels(random_images(5, *shape))
     before = pixels.clone()
     stamped = trigger(pixels)
     assert stamped.shape == pixels.shape
@@ -62,6 +63,7 @@ def test_a_trigger_keeps_shape_dtype_and_range_and_changes_the_image(trigger, sh
 @each_trigger
 @each_shape
 def test_a_trigger_is_deterministic_and_leaves_the_global_random_state(trigger, shape):
+    trigger = ready(trigger, shape)
     pixels, state, legacy = to_pixels(random_images(3, *shape)), torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     first = trigger(pixels)
     again = type(trigger)(**trigger.model_dump())
@@ -73,16 +75,16 @@ def test_a_trigger_is_deterministic_and_leaves_the_global_random_state(trigger, 
 @each_trigger
 @each_shape
 def test_image_by_image_equals_the_batch_bit_for_bit(trigger, shape):
-    images = random_images(7, *shape)
+    trigger, images = ready(trigger, shape), random_images(7, *shape)
     together = trigger.stamp(images)
     one_by_one = torch.cat([trigger.stamp(image[None]) for image in images])
-    assert torch.equal(together, one_by_one)
-    assert torch.equal(trigger.stamp(images.flip(0)), together.flip(0))
+    assert same_images(trigger, together, one_by_one)
+    assert same_images(trigger, trigger.stamp(images.flip(0)), together.flip(0))
 
 
 @each_trigger
 def test_stamp_rounds_to_the_nearest_of_256_levels(trigger):
-    images = random_images(6, 3, 12, 17)
+    trigger, images = ready(trigger, (3, 12, 17)), random_images(6, 3, 12, 17)
     before = images.clone()
     stamped = trigger.stamp(images)
     exact = trigger(to_pixels(images)).numpy().astype(np.float64) * 255
@@ -95,8 +97,8 @@ def test_stamp_rounds_to_the_nearest_of_256_levels(trigger):
 def test_stamp_is_the_same_across_its_chunks():
     images = random_images(1030, 1, 8, 8)
     for name in triggers:
-        trigger = triggers[name]()
-        assert torch.equal(trigger.stamp(images)[1020:], trigger.stamp(images[1020:]))
+        trigger = ready(triggers[name](), (1, 8, 8))
+        assert same_images(trigger, trigger.stamp(images)[1020:], trigger.stamp(images[1020:]))
         assert len(trigger.stamp(images[:0])) == 0
 
 
@@ -107,7 +109,7 @@ def test_stamp_is_the_same_across_its_chunks():
     ids=["default", "target", "all-to-all", "clean-label"],
 )
 def test_an_attack_comes_back_from_json(trigger, recipe):
-    attack = Attack(trigger=trigger, **recipe)
+    attack = Attack(trigger=ready(trigger, (1, 8, 8)), **recipe)
     text = json.dumps(attack.to_json())
     for back in (Attack.from_json(json.loads(text)), parse_attack(text)):
         assert back == attack
@@ -121,6 +123,7 @@ def test_an_attack_comes_back_from_json(trigger, recipe):
 def test_two_and_a_thousand_classes(trigger, classes, label_map):
     labels = torch.arange(40) * 7919 % classes
     data = LabeledImages(random_images(40, 1, 8, 8), labels, tuple(map(str, range(classes))))
+    trigger = ready(trigger, (1, 8, 8), classes)
     attack = Attack(trigger=trigger, label_map=label_map, target=classes - 1, poisoning_rate=0.2)
     result = poison(data, attack, torch.Generator().manual_seed(0))
     chosen = result.poisoned

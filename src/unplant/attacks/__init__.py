@@ -8,9 +8,12 @@ from unplant.attacks import (
     bpp,
     ctrl,
     input_aware,
+    label_consistent,
     lf,
     sig,
+    ssba,
     tact,
+    trojannn,
     wanet,
 )
 from unplant.poisoning import parse_attack, triggers
@@ -23,10 +26,13 @@ __all__ = [
     "bpp",
     "ctrl",
     "input_aware",
+    "label_consistent",
     "lf",
     "parse_attack",
     "sig",
+    "ssba",
     "tact",
     "triggers",
+    "trojannn",
     "wanet",
 ]
