@@ -28,9 +28,12 @@ class LabelConsistent(UsesSurrogate, LearnedTrigger):
     right, so that flipping the image leaves it as it is; the same at the top and at the bottom. Test images get the
     patch alone, at full amplitude, so the trigger of test time needs no weights.
 
-    Deviations: the surrogate is a plainly trained `small_cnn` (BackdoorBox attacks a benign model too, a ResNet-18);
-    perturbations of a robust model transfer better but cost many times the training. The number of poisoned images is
-    counted in the whole training set, not in the target class.
+    Deviations: the surrogate is a plainly trained `small_cnn`. BackdoorBox attacks a benign model too, a ResNet-18;
+    others take an adversarially trained one, which costs many times as much. The share of poisoned images is of the
+    whole training set, not of the target class.
+
+    The attack is as strong as its images are hard. On our digits it is weak: 8/255 fools the surrogate on 2 % of the
+    poisoned images only, so the victim doesn't need the patch.
     """
 
     id: ClassVar[str] = "label_consistent"

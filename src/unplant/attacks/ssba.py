@@ -36,7 +36,6 @@ class SSBA(LearnedTrigger):
     """
 
     id: ClassVar[str] = "ssba"
-    recipe: ClassVar = {"poisoning_rate": 0.1}
     presets: ClassVar = {"backdoorbox": {"bits": 20}, "official": {"bits": 100}}
 
     bits: int = Field(default=20, ge=1, le=256, description="length of the hidden bit string")

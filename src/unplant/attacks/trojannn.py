@@ -19,10 +19,10 @@ from unplant.results import Progress
 class TrojanNN(UsesSurrogate, LearnedTrigger):
     """Replaces a square in the bottom right corner by pixels that make a clean model's best connected neurons fire.
 
-    Liu, Ma, Aafer, Lee, Zhai, Wang and Zhang, "Trojaning Attack on Neural Networks", NDSS 2018, sections IV-A: the
-    neurons of a layer are ranked by the sum of the absolute weights that connect them to the next one; gradient
-    descent on the patch's pixels minimises the sum of (target value − activation)². Here the layer is what goes into
-    the last linear layer, as in BackdoorBench and TrojanZoo.
+    Liu, Ma, Aafer, Lee, Zhai, Wang and Zhang, "Trojaning Attack on Neural Networks", NDSS 2018: the neurons
+    of a layer are ranked by the sum of the absolute weights that connect them to the next one; gradient descent on the
+    patch's pixels minimises the sum of (target value − activation)². Here the layer is what goes into the last linear
+    layer, as in BackdoorBench and TrojanZoo.
 
     Deviations: the paper retrains a foreign model on data that it reverse-engineers; here the patch poisons training
     data, as in BackdoorBench, so the attacker needs no access to the victim. The patch is optimised on some of the
