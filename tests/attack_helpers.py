@@ -7,10 +7,10 @@ import torch
 from unplant.images import LabeledImages
 from unplant.poisoning import Attack, LearnedTrigger, Trigger
 
-TINY = {"surrogate": "small_cnn:width=4", "surrogate_epochs": 0.1, "steps": 3, "width": 4}
+TINY = {"surrogate": "small_cnn:width=4", "surrogate_epochs": 0.1, "steps": 3, "mask_steps": 3, "width": 4}
 """Settings that make learning quick, for triggers that have them and need to learn."""
 
-WITH_NETWORK = {"ssba"}
+WITH_NETWORK = {"input_aware", "ssba"}
 """Triggers whose `__call__` runs a network."""
 
 

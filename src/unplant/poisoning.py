@@ -276,10 +276,8 @@ def choose(data: LabeledImages, attack: Attack, generator: torch.Generator) -> C
     """
     labels = data.labels
     if attack.label_map == "all-to-all" and (attack.clean_label or attack.sources):
-        kind = (
-            "a clean-label attack keeps the labels" if attack.clean_label else "a source-specific attack has a target"
-        )
-        raise UsageError(f"{kind}, so it can't be all-to-all")
+        reason = "a clean-label attack keeps the labels" if attack.clean_label else "source labels need one target"
+        raise UsageError(f"{reason}, so it can't be all-to-all")
     if attack.clean_label and attack.sources:
         raise UsageError("a clean-label attack poisons the target class only, so it can't have source labels")
     wanted = attack.wanted(labels, data.num_classes)

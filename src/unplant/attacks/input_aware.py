@@ -70,9 +70,7 @@ class InputAware(LearnedTrigger, ControlsTraining):
     ) -> Self:
         """Trains the mask network (section 3.3: diversity and density, no classifier)."""
         random = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            pair = self._new(data.shape[0]).to(device)
+        pair = self._new(data.shape[0], seed).to(device)
         optimiser = _Falling(pair["mask"], self.lr, self.mask_steps)
         batches = forever(data, 64, random)
         for step in range(self.mask_steps):
@@ -118,10 +116,11 @@ class InputAware(LearnedTrigger, ControlsTraining):
         optimiser.step()
         return self.with_tensors(pair.state_dict())
 
-    def _new(self, channels: int) -> nn.ModuleDict:
-        return nn.ModuleDict(
-            {"mask": Painter(channels, 1, self.width), "generator": Painter(channels, channels, self.width)}
-        )
+    def _new(self, channels: int, seed: int = 0) -> nn.ModuleDict:
+        outputs = {"mask": 1, "generator": channels}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return nn.ModuleDict({name: Painter(channels, count, self.width) for name, count in outputs.items()})
 
 
 class Painter(nn.Module):
