@@ -1,8 +1,12 @@
 """What the documents say is so: commands exist, links lead somewhere, the Python example runs."""
 
 import inspect
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +72,34 @@ def test_the_python_example_of_the_readme_runs(trained, digits_test, monkeypatch
     names = {"model": trained, "train_data": digits_test.sample(100, torch.Generator().manual_seed(0))}
     exec(code, names)
     assert isinstance(names["result"].model, Classifier)
+
+
+def test_the_page_on_adding_an_attack_is_true(tmp_path):
+    """One file and one import line, in a copy of the source: it is registered, usable, and tested."""
+    page = (ROOT / "docs" / "adding-an-attack.md").read_text(encoding="utf-8")
+    (path,) = re.findall(r"^`(src/\S+\.py)`:$", page, flags=re.MULTILINE)
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for part in ("src", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part)
+    (tmp_path / path).write_text(code, encoding="utf-8")
+    names = tmp_path / "src/unplant/attacks/__init__.py"
+    text = names.read_text(encoding="utf-8")
+    names.write_text(text.replace("    ssba,\n", "    ssba,\n    stripes,\n"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    assert "attack stripes, presets: faint" in run("unplant", "methods").replace(";", ",")
+    (spec,) = re.findall(r"--attack (stripes:\S+)", page)
+    run("unplant", "plant", "digits:train", "--attack", spec, "--poison-only", "-o", "poisoned")
+    assert (tmp_path / "poisoned/suspect/0").is_dir()
+    (words,) = re.findall(r"^    python -m (pytest .*)$", page, flags=re.MULTILINE)
+    passed = re.search(r"(\d+) passed", run(*words.split(), "-q", "-p", "no:cacheprovider"))
+    assert passed is not None
+    assert int(passed[1]) >= 30, "the conformance suite didn't pick the attack up"
