@@ -84,6 +84,18 @@ def exhibit(
     )
 
 
+def overview(exhibits: Sequence[Exhibit]) -> bytes:
+    """A PNG with one column per attack: an image without the trigger, with it, and ten times the difference."""
+    shown = [item for item in exhibits if len(item.clean)]
+    three = [_three("With the trigger", item.clean[:1], item.triggered[:1]) for item in shown]
+    names = [item.attack.trigger.id.replace("_", "\n") for item in shown]
+    rows = []
+    for place in range(3 if shown else 0):
+        captions = names if place == 0 else [""] * len(shown)
+        rows.append((three[0][place][0], torch.cat([parts[place][1] for parts in three]), captions))
+    return pictures.grid(rows)
+
+
 def page(exhibits: Sequence[Exhibit]) -> str:
     """One self-contained HTML page: the table, then the pictures."""
     lines, figures = [], []

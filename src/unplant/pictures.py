@@ -16,7 +16,8 @@ def grid(rows: Sequence[tuple[str, Tensor, Sequence[str]]], *, scale: float = 0.
     from matplotlib.figure import Figure
 
     columns = max((len(images) for _, images, _ in rows), default=1)
-    figure = Figure(figsize=(scale * columns + 0.4, (scale + 0.45) * len(rows) + 0.2))
+    height = (scale + 0.45) * len(rows) + 0.2
+    figure = Figure(figsize=(scale * columns + 0.4, height))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (title, images, captions) in zip(axes, rows, strict=True):
         for axis in line:
@@ -26,7 +27,7 @@ def grid(rows: Sequence[tuple[str, Tensor, Sequence[str]]], *, scale: float = 0.
             axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255)
             axis.set_title(caption, fontsize=7, pad=2)
         line[0].text(0, 1.35, title, transform=line[0].transAxes, fontsize=9, fontweight="bold", va="bottom")
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.86, bottom=0.02, hspace=0.75, wspace=0.08)
+    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.6 / height, bottom=0.02, hspace=0.75, wspace=0.08)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()

@@ -7,7 +7,7 @@ from rich.table import Table
 from unplant.cli.common import read, read_attack, set_threads
 from unplant.cli.output import emit, progress_bar, say, show
 from unplant.files import OutputFolder, write_atomically
-from unplant.gallery import exhibit, number, page
+from unplant.gallery import exhibit, number, overview, page
 from unplant.poisoning import triggers
 from unplant.runs import environment, write_json
 
@@ -16,7 +16,7 @@ def run(
     *, data: str, out: Path, attack: list[str] | None, target: int, max_images: int | None, seed: int,
     image_size: str | None, threads: int | None, force: bool, json: bool,
 ) -> None:  # fmt: skip
-    """Writes `index.html` and one picture an attack."""
+    """Writes `index.html`, one picture an attack and one of all."""
     set_threads(threads)
     planned = [read_attack(spec, target=target, all_to_all=False) for spec in attack or sorted(triggers)]
     with OutputFolder(out, force=force) as folder:
@@ -30,6 +30,7 @@ def run(
         names = [f"{place:02d}-{item.attack.trigger.id}.png" for place, item in enumerate(exhibits)]
         for name, item in zip(names, exhibits, strict=True):
             write_atomically(folder / name, item.picture())
+        write_atomically(folder / "overview.png", overview(exhibits))
         write_atomically(folder / "index.html", page(exhibits))
         rows = [{**item.row(), "picture": name} for name, item in zip(names, exhibits, strict=True)]
         result = {"command": "gallery", "data": images.fingerprint(), "seed": seed, "attacks": rows}

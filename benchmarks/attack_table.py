@@ -1,0 +1,79 @@
+"""Prints the results of benchmarks/attacks.py as Markdown.
+
+python benchmarks/attack_table.py docs/research/results/attacks.jsonl
+python benchmarks/attack_table.py docs/research/results/attacks-rates-digits.jsonl --rates
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+
+def main() -> None:
+    """Reads the lines and prints one of two tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--rates", action="store_true", help="ASR by poisoning rate, mean over seeds")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+    print("\n".join(rates(rows) if args.rates else scores(rows)))
+
+
+def scores(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a cell, beside the clean model that was trained alike."""
+    lines = [
+        "| cell | images | poison + cover | ACC (clean model's) | ASR | RA | natural | PSNR | SSIM | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    clean = {row["images"]: row["scores"]["acc"] for row in rows if row["attack"] is None}
+    for row in rows:
+        if row["attack"] is None:
+            continue
+        s = row["scores"]
+        cells = [
+            row["cell"],
+            f"{row['images']:,}",
+            f"{row['poisoned']:,}" + (f" + {row['cover']:,}" if row["cover"] else ""),
+            f"{percent(s['acc'])} ({percent(clean.get(row['images']))})",
+            percent(s["asr"]),
+            percent(s["ra"]),
+            percent(s["natural_target_rate"]),
+            f"{row['psnr']:.1f}" if row["psnr"] else "–",
+            f"{row['ssim']:.3f}",
+            f"{row['seconds']:,}" if row["seconds"] else "–",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def rates(rows: list[dict[str, Any]]) -> list[str]:
+    """ASR by attack and poisoning rate; cells are named ATTACK@RATE."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        name, at, rate = row["cell"].partition("@")
+        if at:
+            found.setdefault(name, {}).setdefault(float(rate), []).append(row["scores"]["asr"])
+    columns = sorted({rate for by_rate in found.values() for rate in by_rate}, reverse=True)
+    lines = [
+        "| attack | " + " | ".join(f"{100 * rate:g} %" for rate in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, by_rate in found.items():
+        cells = []
+        for rate in columns:
+            values = by_rate.get(rate, [])
+            spread = f" ({percent(min(values))}–{percent(max(values))})" if len(values) > 1 else ""
+            cells.append(percent(mean(values)) + spread if values else "–")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def percent(value: float | None) -> str:
+    """A share for people."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+if __name__ == "__main__":
+    main()
