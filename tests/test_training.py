@@ -125,9 +125,9 @@ def test_frozen_parameters_stay_and_no_steps_change_nothing(few):
 def test_a_loss_that_is_not_finite_is_a_numerical_error(few, bad_step):
     calls = []
 
-    def change(model, pixels, labels, indices):
+    def change(model, pixels, labels):
         calls.append(1)
-        return pixels * float("nan") if len(calls) == bad_step + 1 else pixels
+        return (pixels * float("nan") if len(calls) == bad_step + 1 else pixels), labels
 
     model = net().eval()
     with pytest.raises(NumericalError, match="try a smaller lr"):
@@ -144,10 +144,10 @@ def test_an_exploding_lr_is_a_numerical_error(few):
 def test_change_decides_what_the_model_is_trained_on(few):
     seen = []
 
-    def change(model, pixels, labels, indices):
+    def change(model, pixels, labels):
         assert model.training
         seen.append((pixels.shape, labels.shape))
-        return torch.zeros_like(pixels)
+        return torch.zeros_like(pixels), labels
 
     black = few.select(torch.arange(64))
     blank = LabeledImages(torch.zeros_like(black.images), black.labels, black.classes)

@@ -163,6 +163,11 @@ class Attack(Config):
         default=(), description="true labels on which the trigger shall work; none: on all (source-specific attacks)"
     )
 
+    @property
+    def cover_share(self) -> float:
+        """The cover rate that is in force."""
+        return self.trigger.cover_ratio * self.poisoning_rate if self.cover_rate is None else self.cover_rate
+
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
         """The label that each triggered image shall get, (N,)."""
         if self.label_map == "all-to-all":
@@ -283,13 +288,12 @@ def choose(data: LabeledImages, attack: Attack, generator: torch.Generator) -> C
     wanted = attack.wanted(labels, data.num_classes)
     eligible = wanted == labels if attack.clean_label else attack.concerns(labels, data.num_classes)
     poisoned = _draw(eligible, attack.poisoning_rate, "poisoning rate", "poisoned", generator)
-    cover_rate = attack.trigger.cover_ratio * attack.poisoning_rate if attack.cover_rate is None else attack.cover_rate
-    if not cover_rate:
+    if not attack.cover_share:
         return Choice(poisoned, torch.zeros_like(poisoned))
     left = ~poisoned
     if attack.sources:
         left &= ~attack.concerns(labels, data.num_classes) & (labels != wanted)
-    return Choice(poisoned, _draw(left, cover_rate, "cover rate", "cover", generator))
+    return Choice(poisoned, _draw(left, attack.cover_share, "cover rate", "cover", generator))
 
 
 def _draw(eligible: Tensor, rate: float, name: str, kind: str, generator: torch.Generator) -> Tensor:

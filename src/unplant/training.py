@@ -20,11 +20,10 @@ from unplant.results import Progress
 
 Schedule = Literal["constant", "cosine", "one-cycle"]
 
-Change = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""(model, pixels, labels, indices) → the pixels that the model is trained on, for instance adversarial ones.
+Change = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(model, pixels, labels) → the pixels and labels that the model is trained on, for instance adversarial examples.
 
-The indices (B,) say which images of the data these are. Parameters of others that the result depends on get their
-gradient from the step's backward pass too.
+Other networks' parameters on which the pixels depend get their gradient from the step's backward pass too.
 """
 
 
@@ -95,7 +94,7 @@ def fit(
                 model.train()
                 with autocast(device, config.precision):
                     if change is not None:
-                        pixels = change(model, pixels, labels, indices)
+                        pixels, labels = change(model, pixels, labels)
                     out = model(pixels)
                 loss = F.cross_entropy(out.float(), labels)
                 optimiser.zero_grad(set_to_none=True)

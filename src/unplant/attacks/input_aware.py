@@ -23,8 +23,12 @@ class InputAware(LearnedTrigger, ControlsTraining):
     with the classifier. Cover images carry the trigger of *another* image under their own label, so that the model
     learns that a trigger works on its own image only.
 
+    As in its paper, every batch is poisoned anew while training; what a defender finds is one fixed choice of images
+    with the final trigger. (With that choice fixed from the start, the model learns it by heart: on the digits 96 % of
+    the poisoned training images obeyed, 72 % of the test images.)
+
     Deviations: networks of fewer channels, with GroupNorm, so that an image's trigger doesn't depend on its batch;
-    both learning rates of the attacker's networks fall to 0; the poisoned images are fixed, as in `wanet`.
+    both learning rates of the attacker's networks fall to 0.
     """
 
     id: ClassVar[str] = "input_aware"
@@ -91,28 +95,29 @@ class InputAware(LearnedTrigger, ControlsTraining):
         pair = self.load_into(self._new(job.clean.shape[0])).to(device)
         mask, maker = pair["mask"], pair["generator"].requires_grad_(True)  # type: ignore[index]
         optimiser = _Falling(maker, self.lr, job.steps)
-        random = job.generator
+        attack, random = job.attack, job.generator
 
-        def change(model: nn.Module, pixels: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-            poisoned, covered = (part[indices].to(device) for part in (job.choice.poisoned, job.choice.covered))
+        def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             optimiser.step()  # with the gradients of the last batch's backward pass
-            mine = torch.cat([pixels[poisoned], pixels[covered]])
-            if not len(mine):
-                return pixels
+            order = torch.randperm(len(pixels), generator=random).to(device)
+            may = attack.concerns(labels.cpu(), job.clean.num_classes).to(device)
+            poisoned = order[may[order]][: round(attack.poisoning_rate * len(order))]
+            rest = order[~torch.isin(order, poisoned)]
+            covered = rest[: round(attack.cover_share * len(order))]
+            mine = pixels[torch.cat([poisoned, covered])]
             others = _others(pixels, random)[: len(mine)]
             patterns, masks = _trigger(mask, maker, mine)
             strange, elsewhere = _trigger(mask, maker, others)
             if self.diversity:
                 (self.diversity * _sameness(mine, others, patterns, strange)).backward(retain_graph=True)
-            count = int(poisoned.sum())
-            changed = pixels.clone()
+            count, changed, labels = len(poisoned), pixels.clone(), labels.clone()
             changed[poisoned] = _blend(mine[:count], patterns[:count], masks[:count]).to(pixels.dtype)
             changed[covered] = _blend(mine[count:], strange[count:], elsewhere[count:]).to(pixels.dtype)
+            labels[poisoned] = attack.wanted(labels[poisoned], job.clean.num_classes)
             # Rounded as files are, with the gradient of the identity.
-            return changed + ((changed.clamp(0, 1) * 255).round() / 255 - changed).detach()
+            return changed + ((changed.clamp(0, 1) * 255).round() / 255 - changed).detach(), labels
 
-        wanted = job.attack.wanted(job.clean.labels, job.clean.num_classes)
-        job.fit(model, job.clean.relabel(torch.where(job.choice.poisoned, wanted, job.clean.labels)), change=change)
+        job.fit(model, job.clean, change=change)
         optimiser.step()
         return self.with_tensors(pair.state_dict())
 

@@ -87,7 +87,7 @@ def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
         raise UsageError("stand_ins needs an eps; settle_ball finds one")
     eps = config.eps
 
-    def change(model: nn.Module, pixels: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         count = round(config.adversarial_share * len(pixels))
         adversarial = pgd(
             model,
@@ -99,7 +99,7 @@ def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
             random_start=config.random_start,
             generator=generator,
         )
-        return torch.cat([adversarial, pixels[count:]])
+        return torch.cat([adversarial, pixels[count:]]), labels
 
     return change
 
