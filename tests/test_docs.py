@@ -95,7 +95,7 @@ def test_the_page_on_adding_an_attack_is_true(tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    assert "attack stripes, presets: faint" in run("unplant", "methods").replace(";", ",")
+    assert "attack stripes, controls the data; presets: faint" in run("unplant", "methods")
     (spec,) = re.findall(r"--attack (stripes:\S+)", page)
     run("unplant", "plant", "digits:train", "--attack", spec, "--poison-only", "-o", "poisoned")
     assert (tmp_path / "poisoned/suspect/0").is_dir()

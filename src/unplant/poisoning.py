@@ -20,7 +20,7 @@ from unplant.registry import Registry
 from unplant.results import Progress
 
 Access = Literal["data", "surrogate", "training"]
-"""What an attacker must control: the data alone; the data, with a model of their own to prepare it; the training."""
+"""What an attacker must control: the data alone; the data, with a surrogate model to prepare it; the training."""
 
 
 class Trigger(Config, ABC):

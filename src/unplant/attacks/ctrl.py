@@ -36,7 +36,7 @@ class Ctrl(Trigger):
         "backdoorbench": {"magnitude": 100 / 255, "training_magnitude": 100 / 255},
         "weak-training": {"magnitude": 100 / 255, "training_magnitude": 50 / 255},
     }
-    recipe: ClassVar = {"clean_label": True}
+    recipe: ClassVar = {"clean_label": True, "poisoning_rate": 0.05}
 
     magnitude: Real = Field(default=100 / 255, gt=0, le=16, description="what coefficients gain, in pixel units")
     training_magnitude: Real = Field(default=100 / 255, gt=0, le=16, description="the same, while training")

@@ -20,4 +20,4 @@ class TaCT(BadNets):
 
     id: ClassVar[str] = "tact"
     cover_ratio: ClassVar[float] = 1.0
-    recipe: ClassVar = {"sources": (1,)}
+    recipe: ClassVar = {"sources": (1,), "poisoning_rate": 0.05}

@@ -139,7 +139,10 @@ def plant(
         bool | None,
         typer.Option("--clean-label/--dirty-label", help="Only target images, labels kept; default: as in its paper."),
     ] = None,
-    rate: Annotated[str, typer.Option(help="Share of the training set that is poisoned.")] = "0.1",
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Share of the training set that is poisoned; default: 0.1, or as the attack needs."),
+    ] = None,
     cover_rate: Annotated[
         str | None, typer.Option(help="Share that is changed and keeps its labels; default: as in its paper.")
     ] = None,

@@ -13,6 +13,12 @@ from unplant.params import Config
 from unplant.planting import TrainConfig
 from unplant.poisoning import triggers
 
+CONTROLS = {
+    "data": "controls the data",
+    "surrogate": "controls the data, with a model of its own",
+    "training": "controls the training",
+}
+
 
 def run(*, json: bool) -> None:
     """Prints erasers, attacks and architectures."""
@@ -22,7 +28,13 @@ def run(*, json: bool) -> None:
             for name, m in erasers.items()
         },
         "attacks": {
-            name: {"presets": list(kind.presets), "settings": settings(kind)} for name, kind in triggers.items()
+            name: {
+                "access": kind.access,
+                "presets": list(kind.presets),
+                "recipe": {**kind.recipe, **({"cover_ratio": kind.cover_ratio} if kind.cover_ratio else {})},
+                "settings": settings(kind),
+            }
+            for name, kind in sorted(triggers.items())
         },
         "architectures": {name: str(inspect.signature(build)) for name, build in architectures.items()},
         "training": settings(TrainConfig),
@@ -32,8 +44,9 @@ def run(*, json: bool) -> None:
         return
     for kind in ("erasers", "attacks"):
         for name, about in methods[kind].items():
-            needs = f", needs {about['needs']} data" if "needs" in about else ""
-            emit_text(f"\n{kind[:-1]} {name}{needs}; presets: {', '.join(about['presets']) or 'none'}")
+            needs = f"needs {about['needs']} data" if "needs" in about else CONTROLS[about["access"]]
+            recipe = "".join(f"; {key} {value}" for key, value in about.get("recipe", {}).items())
+            emit_text(f"\n{kind[:-1]} {name}, {needs}; presets: {', '.join(about['presets']) or 'none'}{recipe}")
             show(_table(about["settings"]))
     emit_text("\ntraining (plant --set)")
     show(_table(methods["training"]))
@@ -47,6 +60,7 @@ def settings(config: type[Config]) -> dict[str, dict[str, Any]]:
     return {
         name: {"default": field.get_default(call_default_factory=True), "meaning": schema[name].get("description", "")}
         for name, field in config.model_fields.items()
+        if field.repr  # what a trigger has learnt is no setting
     }
 
 

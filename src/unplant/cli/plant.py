@@ -22,7 +22,7 @@ from unplant.runs import ModelCard, environment, save_classifier, write_csv, wri
 
 def run(
     *, data: str, out: Path, attack: str, arch: str, target: int, all_to_all: bool, clean_label: bool | None,
-    rate: str, cover_rate: str | None, sources: str | None, poison_only: bool, reuse: bool, test: str | None,
+    rate: str | None, cover_rate: str | None, sources: str | None, poison_only: bool, reuse: bool, test: str | None,
     max_images: int | None, seed: int, settings: list[str] | None, image_size: str | None, skip_bad_images: bool,
     device: str, precision: str, threads: int | None, force: bool, json: bool,
 ) -> None:  # fmt: skip
@@ -30,9 +30,9 @@ def run(
     set_threads(threads)
     where = pick_device(device)
     label_map = "all-to-all" if all_to_all else "all-to-one"
-    wishes = {"clean_label": clean_label, "cover_rate": cover_rate, "sources": parse_labels(sources)}
-    recipe = {"target": target, "label_map": label_map, "poisoning_rate": rate}
-    planned = parse_attack(attack, **recipe, **{name: value for name, value in wishes.items() if value is not None})
+    wishes = {"clean_label": clean_label, "poisoning_rate": rate, "cover_rate": cover_rate}
+    wishes = {name: value for name, value in {**wishes, "sources": parse_labels(sources)}.items() if value is not None}
+    planned = parse_attack(attack, target=target, label_map=label_map, **wishes)
     if poison_only and (test or settings or reuse):
         raise UsageError("--poison-only trains no model; leave out --test, --set and --reuse")
     if poison_only and isinstance(planned.trigger, ControlsTraining):
