@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unplant.errors import UsageError
+from unplant.errors import UnplantError, UsageError
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.params import Config, Share, parse_spec
 from unplant.registry import Registry
@@ -126,18 +126,26 @@ class LearnedTrigger(Trigger):
         except (binascii.Error, SafetensorError, ValueError) as error:
             raise UsageError(f"the weights of the trigger {self.id} are damaged: {error}") from None
 
-    def load_into(self, network: nn.Module) -> nn.Module:
-        """That network with the weights, in eval mode.
+    def network(self, make: Callable[[], nn.Module]) -> Any:
+        """The network that `make` makes, with the weights, in eval mode.
+
+        It is made without memory first, so that a stranger's settings can't make us allocate more than the weights.
 
         Raises:
-            UsageError: they don't fit it.
+            UsageError: nothing has been learnt yet, or the weights don't fit it.
         """
+        tensors = self.tensors()
         try:
-            network.load_state_dict(self.tensors())
-        except RuntimeError as error:
+            with torch.device("meta"):
+                empty = make()
+            for name, wanted in empty.state_dict().items():
+                if name in tensors and tensors[name].dtype != wanted.dtype:
+                    raise RuntimeError(f"{name} is {tensors[name].dtype}, not {wanted.dtype}")
+            empty.load_state_dict(tensors, assign=True)
+        except (RuntimeError, UnplantError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"the weights of the trigger {self.id} don't fit its settings: {reason}") from None
-        return network.eval().requires_grad_(False)
+        return empty.eval().requires_grad_(False)
 
 
 class Attack(Config):

@@ -66,8 +66,8 @@ class InputAware(LearnedTrigger, ControlsTraining):
         first = tensors.get("mask.down0.0.weight")
         if first is None or first.ndim != 4:
             raise UsageError(f"the weights of the trigger {self.id} are damaged: there is no mask network")
-        pair = self.load_into(self._new(first.shape[1]))
-        return pair["mask"], pair["generator"]  # type: ignore[index]
+        pair = self.network(lambda: self._new(first.shape[1]))
+        return pair["mask"], pair["generator"]
 
     def learn(
         self, data: LabeledImages, attack: Attack, *, seed: int, device: Any = "cpu", progress: Progress | None = None
@@ -92,8 +92,8 @@ class InputAware(LearnedTrigger, ControlsTraining):
     def train(self, model: nn.Module, job: Job) -> Self:
         """Trains the generator along with the classifier (equation 8; Algorithm 1 of the appendix)."""
         device = next(model.parameters()).device
-        pair = self.load_into(self._new(job.clean.shape[0])).to(device)
-        mask, maker = pair["mask"], pair["generator"].requires_grad_(True)  # type: ignore[index]
+        pair = self.network(lambda: self._new(job.clean.shape[0])).to(device)
+        mask, maker = pair["mask"], pair["generator"].requires_grad_(True)
         optimiser = _Falling(maker, self.lr, job.steps)
         attack, random = job.attack, job.generator
 

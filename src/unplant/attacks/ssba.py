@@ -1,7 +1,7 @@
 """SSBA: a faint residual that a network draws for each image anew (Li et al., ICCV 2021, arXiv:2012.03816)."""
 
 import math
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class SSBA(LearnedTrigger):
         Raises:
             UsageError: nothing has been learnt, or on images with other channels.
         """
-        encoder = cast(Encoder, self.load_into(self.encoder(pixels.shape[1]))).to(pixels.device)
+        encoder = self.network(lambda: self.encoder(pixels.shape[1])).to(pixels.device)
         with torch.no_grad():
             return (pixels + encoder(pixels, self.secret().to(pixels).expand(len(pixels), -1))).clamp(0, 1)
 
@@ -68,8 +68,7 @@ class SSBA(LearnedTrigger):
 
     def encoder(self, channels: int) -> "Encoder":
         """An untrained encoder for images with that many channels."""
-        with torch.random.fork_rng(devices=[]):
-            return Encoder(channels, self.bits, self.width, self.strength)
+        return Encoder(channels, self.bits, self.width, self.strength)
 
     def pair(
         self, data: LabeledImages, *, seed: int, device: Any = "cpu", progress: Progress | None = None
@@ -82,7 +81,7 @@ class SSBA(LearnedTrigger):
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder = Encoder(data.shape[0], self.bits, self.width, self.strength).to(device)
+            encoder = self.encoder(data.shape[0]).to(device)
             decoder = Decoder(data.shape[0], self.bits, self.width).to(device)
         optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)

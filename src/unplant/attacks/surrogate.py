@@ -1,13 +1,13 @@
 """The surrogate: a clean model of the attacker's own, trained on its copy of the data to prepare the trigger with."""
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from unplant.classifier import Classifier
-from unplant.errors import UnplantError, UsageError
+from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.models import architectures, build
 from unplant.params import Config, Real
@@ -61,11 +61,10 @@ def rebuild(trigger: LearnedTrigger, architecture: str) -> Kept:
         UsageError: nothing has been learnt yet, or the tensors are no such model's.
     """
     tensors = trigger.tensors()
-    try:
-        mean, std, classes = tensors["mean"], tensors["std"], int(tensors["classes"])
-        with torch.random.fork_rng(devices=[]):
-            backbone = build(architecture, num_classes=classes, channels=mean.numel())
-    except (KeyError, RuntimeError, UnplantError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"the weights of the trigger {trigger.id} hold no {architecture}: {reason}") from None
-    return cast(Kept, trigger.load_into(Kept(backbone, mean, std, classes)))
+    mean, std, classes = (tensors.get(name) for name in ("mean", "std", "classes"))
+    if mean is None or std is None or classes is None or classes.numel() != 1:
+        raise UsageError(f"the weights of the trigger {trigger.id} hold no {architecture} with its mean and std")
+    channels, count = mean.numel(), int(classes)
+    return trigger.network(
+        lambda: Kept(build(architecture, num_classes=count, channels=channels), mean, std, count),
+    )
