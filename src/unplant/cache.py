@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from unplant.errors import UnplantError, WriteError
-from unplant.files import OutputFolder, write_atomically
+from unplant.files import write_atomically
 from unplant.images import LabeledImages
 from unplant.planting import Planted, TrainConfig, plant, shuffled_choice
 from unplant.poisoning import Attack, PoisonedImages, parse_attack
@@ -21,6 +24,9 @@ from unplant.runs import ModelCard, open_classifier, save_classifier, write_json
 
 FORMAT = 1
 """Raised whenever planting changes what the same settings give."""
+
+DAMAGE = (UnplantError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, SafetensorError)
+"""What reading an entry raises whose files are missing, cut off, garbled or someone else's."""
 
 
 def default_folder() -> Path:
@@ -31,8 +37,8 @@ def default_folder() -> Path:
 def settings_of(
     data: LabeledImages, attack: Attack, architecture: str, config: TrainConfig, seed: int
 ) -> dict[str, Any]:
-    """All that decides what is planted."""
-    return {
+    """All that decides what is planted; of an architecture in a Python file, what the file says too."""
+    settings = {
         "format": FORMAT,
         "attack": attack.to_json(),
         "architecture": architecture,
@@ -40,6 +46,10 @@ def settings_of(
         "seed": seed,
         "data": data.fingerprint(),
     }
+    file = Path(architecture.rpartition(":")[0])
+    if file.suffix == ".py" and file.is_file():
+        settings["code"] = _digest(file)
+    return settings
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -78,15 +88,52 @@ def plant_cached(
     except OSError as error:
         raise WriteError(f"can't write the cache {root}: {error.strerror or error}") from error
     entry = root / f"{attack.trigger.id}-{key_of(settings)}"
-    if entry.exists():
+    if entry.exists() or entry.is_symlink():
         try:
-            return _load(entry, settings, data, attack, architecture, seed), True
-        except (UnplantError, OSError, ValueError, KeyError, SafetensorError):
-            pass  # planted anew below
-    planted = plant(data, attack, architecture, config, seed=seed, device=device, progress=progress)
-    with OutputFolder(entry, force=True) as part:
+            return _load(entry, settings, data, attack, architecture, seed, device), True
+        except DAMAGE:
+            _remove(entry)  # planted anew below
+    with _new(entry) as part:
+        planted = plant(data, attack, architecture, config, seed=seed, device=device, progress=progress)
         save_planted(part, planted, settings, architecture)
     return planted, False
+
+
+@contextmanager
+def _new(entry: Path) -> Iterator[Path]:
+    """A folder to fill, made at once, before hours of work; moved to its place in one step at the end.
+
+    If the same was planted at the same time elsewhere and is there already, that entry stays.
+
+    Raises:
+        WriteError: the cache can't be written.
+    """
+    try:
+        part = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}.", suffix=".part"))
+    except OSError as error:
+        raise WriteError(f"can't write the cache {entry.parent}: {error.strerror or error}") from error
+    try:
+        yield part
+        try:
+            part.chmod(0o755)
+            part.rename(entry)
+        except OSError as error:
+            if not entry.is_dir():
+                raise WriteError(f"can't write {entry}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove(entry: Path) -> None:
+    try:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    except FileNotFoundError:
+        pass  # another process was quicker
+    except OSError as error:
+        raise WriteError(f"can't replace the damaged {entry}: {error.strerror or error}") from error
 
 
 def save_planted(part: Path, planted: Planted, settings: dict[str, Any], architecture: str) -> None:
@@ -96,23 +143,37 @@ def save_planted(part: Path, planted: Planted, settings: dict[str, Any], archite
     save_classifier(part / "model.safetensors", planted.model, ModelCard.of(planted.model, architecture, truth.data))
     write_json(part / "attack.json", planted.attack.to_json())
     write_atomically(part / "changed.safetensors", save({"places": changed, "images": truth.data.images[changed]}))
-    about = {"settings": settings, "training_set": truth.data.fingerprint(), "weights": _digest(part)}
+    about = {
+        "settings": settings,
+        "training_set": truth.data.fingerprint(),
+        "weights": _digest(part / "model.safetensors"),
+        "attack": _digest(part / "attack.json"),
+    }
     write_json(part / "result.json", about)
 
 
-def _digest(entry: Path) -> str:
-    return hashlib.sha256((entry / "model.safetensors").read_bytes()).hexdigest()
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load(
-    entry: Path, settings: dict[str, Any], data: LabeledImages, attack: Attack, architecture: str, seed: int
+    entry: Path,
+    settings: dict[str, Any],
+    data: LabeledImages,
+    attack: Attack,
+    architecture: str,
+    seed: int,
+    device: torch.device | str,
 ) -> Planted:
     """Raises one of several errors if anything isn't as it was saved."""
     about = json.loads((entry / "result.json").read_text(encoding="utf-8"))
     if about["settings"] != json.loads(json.dumps(settings)):
         raise ValueError("another model has the same key")
-    if about["weights"] != _digest(entry):
+    if about["weights"] != _digest(entry / "model.safetensors"):
         raise ValueError("the weights are damaged")
+    found = _digest(entry / "attack.json")
+    if about.get("attack", found) != found:  # the first entries didn't say
+        raise ValueError("the attack is damaged")
     shuffled, choice, _ = shuffled_choice(data, attack, seed)
     stored = load((entry / "changed.safetensors").read_bytes())
     images = shuffled.images.clone()
@@ -124,4 +185,5 @@ def _load(
     model, _ = open_classifier(entry, data, arch=architecture)
     learnt = parse_attack((entry / "attack.json").read_text(encoding="utf-8"))
     truth = PoisonedImages(training_data, choice.poisoned, shuffled.labels, choice.covered)
-    return Planted(model.to(memory_format=torch.channels_last), truth, learnt)  # type: ignore[call-overload]
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Planted(model, truth, learnt)
