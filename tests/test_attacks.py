@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from attack_helpers import ready, same_images
+from attack_helpers import random_data, ready, same_images
 from torch import nn
 
 import unplant.attacks
 from unplant.errors import UsageError
 from unplant.evaluation import evaluate, suspect_quality
-from unplant.images import LabeledImages, to_pixels
-from unplant.poisoning import Attack, parse_attack, poison, triggered_test_set, triggers
+from unplant.images import LabeledImages, to_pixels, to_stored
+from unplant.poisoning import Attack, apply, choose, parse_attack, poison, triggered_test_set, triggers
 from unplant.results import Erasure
 
 
@@ -132,6 +132,115 @@ def test_two_and_a_thousand_classes(trigger, classes, label_map):
     assert torch.equal(result.data.labels, torch.where(chosen, expected, labels))
     clean, triggered = triggered_test_set(data, attack)
     assert len(clean) == len(triggered) == int((expected != labels).sum()) > 0
+
+
+def legal_recipes(kind):
+    """The recipe of the attack's paper, and the goals that can be combined with it."""
+    yield "default", kind.recipe
+    if not kind.recipe.get("sources"):
+        yield "clean-label", {**kind.recipe, "clean_label": True}
+        if not kind.recipe.get("clean_label"):
+            yield "all-to-all", {**kind.recipe, "label_map": "all-to-all"}
+            yield "all-to-all, little cover", {**kind.recipe, "label_map": "all-to-all", "cover_rate": 0.025}
+    yield "more cover", {**kind.recipe, "cover_rate": 0.2}
+    yield "no cover", {**kind.recipe, "cover_rate": 0}
+
+
+def every_recipe():
+    for param in every_trigger():
+        trigger = param.values[0]
+        for name, recipe in legal_recipes(type(trigger)):
+            yield pytest.param(trigger, recipe, id=f"{param.id}-{name}")
+
+
+each_recipe = pytest.mark.parametrize(("trigger", "recipe"), list(every_recipe()))
+both_kinds = pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 12)], ids=str)
+CLASSES, COUNT = 4, 160
+
+
+@each_recipe
+@both_kinds
+def test_poisoning_keeps_its_accounts(trigger, recipe, shape):
+    """Exact counts, only the intended images, labels that are kept where they must be, one result for one seed."""
+    data = random_data(shape, CLASSES, COUNT, seed=5)
+    attack = Attack(trigger=ready(trigger, shape, CLASSES), **{"poisoning_rate": 0.05, "target": 2, **recipe})
+    before = data.images.clone(), data.labels.clone()
+    state, legacy = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    result = poison(data, attack, torch.Generator().manual_seed(3))
+    again = poison(data, attack, torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], legacy[1])  # noqa: NPY002
+    assert torch.equal(data.images, before[0]), "the input was modified"
+    assert torch.equal(data.labels, before[1])
+    for one, two in (
+        (result.data.images, again.data.images),
+        (result.data.labels, again.data.labels),
+        (result.poisoned, again.poisoned),
+        (result.covered, again.covered),
+    ):
+        assert torch.equal(one, two)
+
+    rate = recipe.get("poisoning_rate", 0.05)
+    cover = recipe.get("cover_rate", trigger.cover_ratio * rate)
+    assert int(result.poisoned.sum()) == round(rate * COUNT) == 8
+    assert int(result.covered.sum()) == round(cover * COUNT)
+    assert not (result.poisoned & result.covered).any()
+
+    sources = recipe.get("sources", ())
+    for index in range(COUNT):
+        true, label = int(data.labels[index]), int(result.data.labels[index])
+        assert int(result.true_labels[index]) == true
+        if not result.poisoned[index]:
+            assert label == true
+            if result.covered[index] and sources:
+                assert true not in (*sources, 2)
+            continue
+        if recipe.get("clean_label"):
+            assert label == true == 2
+        elif recipe.get("label_map") == "all-to-all":
+            assert label == (true + 1) % CLASSES
+        else:
+            assert label == 2 != true
+            assert true in sources or not sources
+
+    untouched = ~(result.poisoned | result.covered)
+    assert torch.equal(result.data.images[untouched], data.images[untouched])
+    assert result.data.images.dtype == torch.uint8
+    # The changed ones are what the trigger says about training images, each rounded to the nearest of 256 levels.
+    generator = torch.Generator().manual_seed(3)
+    choose(data, attack, generator)
+    for mask, change in ((result.poisoned, attack.trigger.on_poison), (result.covered, attack.trigger.on_cover)):
+        if mask.any():
+            exact = change(data.pixels(mask), result.data.labels[mask], generator).double().numpy() * 255
+            # Half a level, and float32 noise where two levels are equally near.
+            assert np.abs(result.data.images[mask].numpy() - exact).max() <= 0.5 + 1e-4
+
+
+@each_trigger
+@both_kinds
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_what_training_images_carry_keeps_shape_range_and_input(trigger, shape, count):
+    trigger, images = ready(trigger, shape), random_images(8, *shape)[:count]
+    pixels, labels = to_pixels(images), torch.arange(count) % 3
+    before, state, legacy = pixels.clone(), torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    for change in (trigger.on_poison, trigger.on_cover):
+        changed = change(pixels, labels, torch.Generator().manual_seed(0))
+        assert changed.shape == pixels.shape
+        assert changed.dtype == torch.float32
+        assert not changed.requires_grad
+        assert 0 <= changed.min() <= changed.max() <= 1
+        assert changed.data_ptr() != pixels.data_ptr()
+        assert torch.equal(changed, change(pixels, labels, torch.Generator().manual_seed(0)))
+    assert torch.equal(pixels, before), "the input was modified"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], legacy[1])  # noqa: NPY002
+
+
+@each_trigger
+def test_images_that_are_not_there_can_be_changed_too(trigger):
+    trigger, none = ready(trigger, (1, 8, 8)), torch.zeros(0, 1, 8, 8)
+    for change in (trigger.on_poison, trigger.on_cover):
+        assert change(none, torch.zeros(0, dtype=torch.int64), torch.Generator()).shape == none.shape
 
 
 # Each trigger against its published formula, in slow loops.
@@ -300,6 +409,42 @@ def test_poison_changes_exactly_the_intended_images_and_labels(data, rate, goal)
         assert not torch.equal(image, data.images[index])
         assert label == {"all-to-one": 2, "all-to-all": (true + 1) % 5, "clean-label": 2}[goal]
         assert (true == 2) == (goal == "clean-label") or goal == "all-to-all"
+
+
+def test_more_images_than_are_changed_at_once(data):
+    many = data.select(torch.arange(3000) % 200)
+    trigger = triggers["adaptive_patch"]()
+    attack = Attack(trigger=trigger, target=2, poisoning_rate=0.4, cover_rate=0.5)
+    generator = torch.Generator().manual_seed(0)
+    choice = choose(many, attack, generator)
+    result = apply(many, attack, choice, generator)
+    assert (int(choice.poisoned.sum()), int(choice.covered.sum())) == (1200, 1500)
+    # Its draws don't depend on the batch, so the whole can be drawn in one go.
+    generator = torch.Generator().manual_seed(0)
+    choose(many, attack, generator)
+    for mask in (choice.poisoned, choice.covered):
+        whole = to_stored(trigger.on_poison(many.pixels(mask), many.labels[mask], generator))
+        assert torch.equal(result.data.images[mask], whole)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"cover_rate": 0.95}, "cover rate 0.95 of 200 images means 190 cover ones, it must be 1 to 180"),
+        ({"cover_rate": 0.001}, "cover rate 0.001 of 200 images means 0 cover ones"),
+    ],
+)
+def test_an_impossible_cover_is_refused(data, recipe, message, generator):
+    with pytest.raises(UsageError, match=message):
+        choose(data, Attack(trigger=triggers["badnets"](), **recipe), generator)
+
+
+def test_cover_is_drawn_from_all_that_is_left(data):
+    attack, counts = Attack(trigger=triggers["badnets"](), target=2, cover_rate=0.2), torch.zeros(200)
+    for seed in range(60):
+        counts += choose(data, attack, torch.Generator().manual_seed(seed)).covered
+    # 60 draws of 40 among 180: one never drawn has a chance of at most 200 · 0.8^60 = 0.0003; the seeds are fixed.
+    assert (counts > 0).all()
 
 
 def test_the_generator_alone_decides_which_images_are_poisoned(data):
