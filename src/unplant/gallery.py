@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unplant import metrics, pictures
+from unplant.errors import UsageError
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.planting import TrainConfig, plant, poison_only
 from unplant.poisoning import Attack, ControlsTraining, LearnedTrigger, triggered_test_set
@@ -62,13 +63,20 @@ def exhibit(
     """Shows an attack on those images; a trigger that must be learnt, and isn't yet, is learnt on them first.
 
     PSNR and SSIM are means over at most 1,000 images.
+
+    Raises:
+        UsageError: there is no image on which the trigger shall work.
     """
     attack = _learnt(data, attack, seed, progress)
     few = data.sample(1000, torch.Generator().manual_seed(seed))
     clean, triggered = triggered_test_set(few, attack)
     shown = torch.linspace(0, len(clean) - 1, min(count, len(clean))).long()
-    wanted = attack.wanted(few.labels, few.num_classes)
-    candidates = few.select(wanted == few.labels if attack.clean_label else wanted != few.labels)
+    if not len(clean):
+        raise UsageError(
+            f"{attack.trigger.id}: none of the images can show it; its labels are the target's, or no source's"
+        )
+    targets = attack.wanted(few.labels, few.num_classes) == few.labels
+    candidates = few.select(targets if attack.clean_label else attack.concerns(few.labels, few.num_classes))
     part = candidates.select(torch.linspace(0, len(candidates) - 1, min(count, len(candidates))).long())
     labels = attack.wanted(part.labels, part.num_classes)
     pixels = to_pixels(part.images)

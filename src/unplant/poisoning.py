@@ -122,9 +122,13 @@ class LearnedTrigger(Trigger):
                 f"the trigger of {self.id} is learnt while planting; pass the attack.json that `unplant plant` wrote"
             )
         try:
-            return load(base64.b64decode(self.weights, validate=True))
-        except (binascii.Error, SafetensorError, ValueError) as error:
+            found = load(base64.b64decode(self.weights, validate=True))
+        except (binascii.Error, SafetensorError, ValueError, KeyError) as error:
             raise UsageError(f"the weights of the trigger {self.id} are damaged: {error}") from None
+        broken = [name for name, tensor in found.items() if tensor.is_complex() or not tensor.double().isfinite().all()]
+        if broken:
+            raise UsageError(f"the weights of the trigger {self.id} hold no finite numbers in {broken[0][:100]!r}")
+        return found
 
     def network(self, make: Callable[[], nn.Module]) -> Any:
         """The network that `make` makes, with the weights, in eval mode.
@@ -229,7 +233,7 @@ def parse_attack(spec: str, **recipe: Any) -> Attack:
             raise UsageError("an attack's JSON already says target, label map and rate; leave the other options out")
         try:
             return Attack.from_json(json.loads(spec))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise UsageError(f"the attack's JSON is damaged: {error}") from None
     name, settings = parse_spec(spec)
     kind = triggers[name]

@@ -40,7 +40,7 @@ class InputAware(LearnedTrigger, ControlsTraining):
     diversity: Real = Field(default=1.0, ge=0, description="weight of the loss that keeps triggers apart")
     norm: Real = Field(default=100.0, ge=0, description="weight of the loss that keeps the mask small")
     lr: Real = Field(default=0.01, gt=0, description="peak learning rate of the attacker's networks (Adam)")
-    width: int = Field(default=16, ge=4, multiple_of=4, description="channels of the attacker's networks")
+    width: int = Field(default=16, ge=4, le=256, multiple_of=4, description="channels of the attacker's networks")
     mask_steps: int = Field(default=400, ge=1, description="steps for which the mask network is trained")
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class InputAware(LearnedTrigger, ControlsTraining):
         """
         tensors = self.tensors()
         first = tensors.get("mask.down0.0.weight")
-        if first is None or first.ndim != 4:
+        if first is None or first.ndim != 4 or not first.numel():
             raise UsageError(f"the weights of the trigger {self.id} are damaged: there is no mask network")
         pair = self.network(lambda: self._new(first.shape[1]))
         return pair["mask"], pair["generator"]

@@ -25,7 +25,9 @@ class WaNet(ControlsTraining):
     cover_ratio: ClassVar[float] = 2.0
     presets: ClassVar = {"paper": {"grid": 4, "strength": 0.5}}
 
-    grid: int = Field(default=4, ge=2, description="control points along each side of the field (k in the paper)")
+    grid: int = Field(
+        default=4, ge=2, le=1024, description="control points along each side of the field (k in the paper)"
+    )
     strength: Real = Field(default=0.5, gt=0, description="mean size of the warp, in half pixels (s in the paper)")
     field_seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the field")
 

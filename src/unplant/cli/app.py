@@ -140,8 +140,7 @@ def plant(
         typer.Option("--clean-label/--dirty-label", help="Only target images, labels kept; default: as in its paper."),
     ] = None,
     rate: Annotated[
-        str | None,
-        typer.Option(help="Share of the training set that is poisoned; default: 0.1, or as the attack needs."),
+        str | None, typer.Option(help="Share of the training set that is poisoned; default: as in its paper, or 0.1.")
     ] = None,
     cover_rate: Annotated[
         str | None, typer.Option(help="Share that is changed and keeps its labels; default: as in its paper.")

@@ -67,7 +67,10 @@ def read_attack(spec: str | None, *, target: int, all_to_all: bool) -> Attack | 
         try:
             if Path(spec).stat().st_size > MAX_ATTACK_BYTES or not Path(spec).is_file():
                 raise UsageError(f"{spec} is no attack.json: not a file, or more than {MAX_ATTACK_BYTES:,} bytes")
-            return parse_attack(Path(spec).read_text(encoding="utf-8"))
+            text = Path(spec).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"can't read {spec}: {error}") from None
+        if not text.lstrip().startswith("{"):
+            raise UsageError(f"{spec} is no attack.json: there is no JSON object in it")
+        return parse_attack(text)
     return parse_attack(spec, target=target, label_map="all-to-all" if all_to_all else "all-to-one")

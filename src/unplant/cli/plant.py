@@ -30,9 +30,14 @@ def run(
     set_threads(threads)
     where = pick_device(device)
     label_map = "all-to-all" if all_to_all else "all-to-one"
-    wishes = {"clean_label": clean_label, "poisoning_rate": rate, "cover_rate": cover_rate}
-    wishes = {name: value for name, value in {**wishes, "sources": parse_labels(sources)}.items() if value is not None}
-    planned = parse_attack(attack, target=target, label_map=label_map, **wishes)
+    wishes = {
+        "poisoning_rate": rate,
+        "clean_label": clean_label,
+        "cover_rate": cover_rate,
+        "sources": parse_labels(sources),
+    }
+    given = {name: value for name, value in wishes.items() if value is not None}
+    planned = parse_attack(attack, target=target, label_map=label_map, **given)
     if poison_only and (test or settings or reuse):
         raise UsageError("--poison-only trains no model; leave out --test, --set and --reuse")
     if poison_only and isinstance(planned.trigger, ControlsTraining):
