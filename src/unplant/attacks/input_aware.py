@@ -45,18 +45,18 @@ class InputAware(LearnedTrigger, ControlsTraining):
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """The image with its own trigger."""
-        mask, generator = self.networks
+        mask, generator = self._networks_for(pixels)
         with torch.no_grad():
             return _blend(pixels, *_trigger(mask, generator, pixels)).clamp(0, 1)
 
     def on_cover(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The image with the trigger of another one."""
-        mask, maker = self.networks
+        mask, maker = self._networks_for(pixels)
         with torch.no_grad():
             return _blend(pixels, *_trigger(mask, maker, _others(pixels, generator))).clamp(0, 1)
 
     @cached_property
-    def networks(self) -> tuple[nn.Module, nn.Module]:
+    def networks(self) -> "tuple[Painter, Painter]":
         """Mask network and generator, in eval mode.
 
         Raises:
@@ -68,6 +68,16 @@ class InputAware(LearnedTrigger, ControlsTraining):
             raise UsageError(f"the weights of the trigger {self.id} are damaged: there is no mask network")
         pair = self.network(lambda: self._new(first.shape[1]))
         return pair["mask"], pair["generator"]
+
+    def _networks_for(self, pixels: Tensor) -> "tuple[Painter, Painter]":
+        mask, generator = self.networks
+        channels = generator.channels
+        if pixels.shape[1] != channels:
+            raise UsageError(
+                f"the trigger of {self.id} was learnt on images of {channels} channels, got {pixels.shape[1]}; "
+                "plant anew on this data"
+            )
+        return mask, generator
 
     def learn(
         self, data: LabeledImages, attack: Attack, *, seed: int, device: Any = "cpu", progress: Progress | None = None
@@ -133,6 +143,7 @@ class Painter(nn.Module):
 
     def __init__(self, channels: int, outputs: int, width: int) -> None:
         super().__init__()
+        self.channels = channels
         self.down0 = _block(channels, width)
         self.down1 = _block(width, 2 * width)
         self.down2 = _block(2 * width, 4 * width)
