@@ -107,13 +107,16 @@ def overview(exhibits: Sequence[Exhibit]) -> bytes:
 def page(exhibits: Sequence[Exhibit]) -> str:
     """One self-contained HTML page: the table, then the pictures."""
     lines, figures = [], []
-    for item in exhibits:
+    for place, item in enumerate(exhibits):
         trigger = item.attack.trigger
+        anchor = f"{place:02d}-{html.escape(trigger.id)}"  # an attack may be shown twice, with other settings
         name, about = html.escape(trigger.id), html.escape((type(trigger).__doc__ or "").split("\n\n")[0])
-        cells = (f'<a href="#{name}">{name}</a>', trigger.access, number(item.psnr, 1), number(item.ssim, 3))
+        cells = (f'<a href="#{anchor}">{name}</a>', trigger.access, number(item.psnr, 1), number(item.ssim, 3))
         lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
         picture = "data:image/png;base64," + base64.b64encode(item.picture()).decode("ascii")
-        figures.append(f'<h2 id="{name}">{name}</h2><p>{about}</p><img alt="{name}" src="{picture}">')
+        settings = ", ".join(f"{key}={value}" for key, value in item.row()["attack"]["trigger"].items())
+        figures.append(f'<h2 id="{anchor}">{name}</h2><p>{about}</p><p><code>{html.escape(settings)}</code></p>')
+        figures.append(f'<img alt="{name}" src="{picture}">')
     return _PAGE.format(rows="\n".join(lines), figures="\n".join(figures))
 
 

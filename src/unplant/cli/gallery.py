@@ -33,8 +33,14 @@ def run(
         write_atomically(folder / "overview.png", overview(exhibits))
         write_atomically(folder / "index.html", page(exhibits))
         rows = [{**item.row(), "picture": name} for name, item in zip(names, exhibits, strict=True)]
-        result = {"command": "gallery", "data": images.fingerprint(), "seed": seed, "attacks": rows}
-        write_json(folder / "result.json", {**result, "environment": environment()})
+        result = {
+            "command": "gallery",
+            "data": images.fingerprint(),
+            "seed": seed,
+            "attacks": rows,
+            "environment": environment(),
+        }
+        write_json(folder / "result.json", result)
     if json:
         emit(result)
         return
