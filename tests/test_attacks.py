@@ -439,6 +439,25 @@ def test_an_impossible_cover_is_refused(data, recipe, message, generator):
         choose(data, Attack(trigger=triggers["badnets"](), **recipe), generator)
 
 
+def test_a_trigger_is_told_the_labels_of_training(data, generator):
+    seen = []
+
+    class Curious(triggers["sig"]):
+        def on_poison(self, pixels, labels, generator):
+            seen.append(labels)
+            return pixels
+
+    result = poison(data, Attack(trigger=Curious(), target=2, cover_rate=0.1), generator)
+    assert torch.equal(seen[0], torch.full((20,), 2))
+    assert torch.equal(seen[1], data.labels[result.covered])
+
+
+def test_a_source_that_is_the_target_does_not_count(data, generator):
+    attack = Attack(trigger=triggers["sig"](), target=2, sources=(1, 2))
+    assert torch.equal(attack.concerns(data.labels, 5), data.labels == 1)
+    assert (data.labels[choose(data, attack, generator).poisoned] == 1).all()
+
+
 def test_cover_is_drawn_from_all_that_is_left(data):
     attack, counts = Attack(trigger=triggers["badnets"](), target=2, cover_rate=0.2), torch.zeros(200)
     for seed in range(60):

@@ -158,6 +158,22 @@ def test_learning_is_deterministic_and_leaves_data_and_the_global_random_state()
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_the_mask_network_learns_from():
+    data = random_data((1, 8, 8))
+
+    def learnt(seed=0, **settings):
+        trigger = InputAware(width=4, mask_steps=2, **settings)
+        return trigger.learn(data, Attack(trigger=trigger), seed=seed).weights
+
+    assert learnt() != learnt(norm=0), "the mask's size counts"
+    assert learnt() != learnt(diversity=0), "the distance between masks counts"
+    assert learnt() != learnt(density=0.5), "what a mask may cover counts"
+    assert learnt(density=1) == learnt(norm=0), "up to its share a mask costs nothing"
+    start = [InputAware(width=4).but(weights=learnt(seed, lr=1e-30)).tensors() for seed in (0, 1)]
+    name = "generator.end.weight"
+    assert not torch.equal(start[0][name], start[1][name]), "the seed is that of the networks too"
+
+
 @pytest.fixture(scope="module")
 def masked():
     """The default mask network, learnt on the digits: about five seconds."""
@@ -217,27 +233,45 @@ def test_training_changes_poisoned_and_cover_images_and_rounds_them():
     assert seen["after"].requires_grad
 
 
-def test_the_generator_gets_its_gradient_from_the_classifiers_loss():
+def test_in_training_cover_images_carry_pattern_and_mask_of_another_one():
+    data = random_data((1, 8, 8), count=100)
+    job, seen = spied(data)
+    wide = with_wide_mask(job.attack.trigger)
+    attack = job.attack.but(trigger=wide)
+    wide.train(nn.Linear(1, 1), Job(data, attack, job.choice, job.generator, 1, job.fit))
+    covered = job.choice.covered[seen["indices"]].nonzero().flatten().tolist()
+    painted = outputs(wide, seen["before"])
+    others = 0
+    for place in covered:
+        image, changed = seen["before"][place].numpy(), seen["after"][place].detach().numpy()
+        gaps = [np.abs(changed - blended(image, *trigger)).max() for trigger in painted]
+        assert min(gaps) < 0.51 / 255, "one image's pattern with the same image's mask, rounded"
+        others += int(np.argmin(gaps)) != place
+    # The other one is drawn from the whole batch of 30, so that it is the image itself once in a while.
+    assert others > len(covered) / 2
+
+
+@pytest.mark.parametrize(("reached", "diversity"), [(True, 0), (False, 0), (False, 1)])
+def test_the_generator_gets_its_gradient_from_both_losses(reached, diversity):
     """With no diversity loss the generator moves only where the classifier's loss reaches it through the batch."""
     data = random_data((1, 8, 8), count=100)
-    for reached in (True, False):
-        job, seen = spied(data, diversity=0)
-        steps = []
+    job, seen = spied(data, diversity=diversity)
+    steps = []
 
-        def fit(model, data, change, steps=steps, seen=seen, reached=reached):
-            indices = torch.arange(50)
-            for _ in range(2):
-                out = change(model, data.pixels(indices), data.labels[indices], indices)
-                if reached:
-                    out.square().mean().backward()
-                steps.append(out.detach())
-            return 0.0
+    def fit(model, data, change, steps=steps, seen=seen, reached=reached):
+        indices = torch.arange(50)
+        for _ in range(2):
+            out = change(model, data.pixels(indices), data.labels[indices], indices)
+            if reached:
+                out.square().mean().backward()
+            steps.append(out.detach())
+        return 0.0
 
-        found = job.attack.trigger.train(nn.Linear(1, 1), Job(job.clean, job.attack, job.choice, job.generator, 4, fit))
-        before, after = job.attack.trigger.tensors(), found.tensors()
-        moved = [name for name in before if not torch.equal(before[name], after[name])]
-        assert bool(moved) == reached
-        assert all(name.startswith("generator") for name in moved)
+    found = job.attack.trigger.train(nn.Linear(1, 1), Job(job.clean, job.attack, job.choice, job.generator, 4, fit))
+    before, after = job.attack.trigger.tensors(), found.tensors()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert bool(moved) == (reached or diversity > 0)
+    assert all(name.startswith("generator") for name in moved)
 
 
 def test_a_batch_without_changed_images_stays_as_it_is():

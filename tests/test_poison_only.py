@@ -307,15 +307,20 @@ def test_an_exhibit_holds_what_the_trigger_does(source, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("attack", "true", "trained"),
-    [("badnets", None, None), ("ctrl:preset=weak-training", None, 0), ("tact", 1, None)],
+    ("attack", "recipe", "true", "trained"),
+    [
+        ("badnets", {}, None, None),
+        ("ctrl:preset=weak-training", {}, None, 0),
+        ("tact", {}, 1, None),
+        ("adaptive_patch", {"sources": (2,)}, 2, 2),
+    ],
 )
-def test_an_exhibit_shows_images_that_the_attack_may_use(attack, true, trained):
+def test_an_exhibit_shows_images_that_the_attack_may_use(attack, recipe, true, trained):
     """The true label is written into each image; a source-specific trigger is shown on its sources only."""
     images = torch.randint(0, 200, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     labels = torch.arange(60) % 3
     images[:, 0, 0, 0] = labels.to(torch.uint8)
-    shown = gallery.exhibit(LabeledImages(images, labels, tuple("abc")), parse_attack(attack), count=6)
+    shown = gallery.exhibit(LabeledImages(images, labels, tuple("abc")), parse_attack(attack, **recipe), count=6)
     assert len(shown.clean) == 6
     assert set(shown.clean[:, 0, 0, 0].tolist()) == ({1, 2} if true is None else {true})
     assert (shown.training is None) == (trained is None)

@@ -253,3 +253,5 @@ def test_training_sees_the_fresh_cover_and_the_defender_a_fixed_one():
     assert torch.equal(truth.data.images, again.training_set.data.images)
     assert torch.equal(truth.data.labels[truth.covered], truth.true_labels[truth.covered])
     assert torch.equal(truth.data.pixels(), truth.data.pixels())
+    longer = plant(data, attack, "small_cnn:width=4", config.but(epochs=1))
+    assert torch.equal(truth.data.images, longer.training_set.data.images), "what training draws doesn't matter"
