@@ -39,9 +39,8 @@ def options(command):
         declared = [
             text for item in parameter.annotation.__metadata__ for text in (item.default, *(item.param_decls or ()))
         ]
-        names |= {text for text in declared if isinstance(text, str) and text.startswith("-")} or {
-            f"--{name.replace('_', '-')}"
-        }
+        declared = [part for text in declared if isinstance(text, str) for part in text.split("/")]
+        names |= {text for text in declared if text.startswith("-")} or {f"--{name.replace('_', '-')}"}
     return names
 
 

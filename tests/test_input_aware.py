@@ -203,33 +203,33 @@ def spied(job_data, rate=0.3, classes=3, **settings):
 
     def fit(model, data, change=None):
         indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(2))[:30]
-        seen.update(data=data, indices=indices, before=data.pixels(indices))
-        seen["after"] = change(model, seen["before"], data.labels[indices], indices)
+        seen.update(before=data.pixels(indices), told=data.labels[indices])
+        seen["after"], seen["labels"] = change(model, seen["before"], seen["told"])
         return 0.0
 
     return Job(job_data, attack, choice, generator, 1, fit), seen
 
 
-def test_training_changes_poisoned_and_cover_images_and_rounds_them():
+def test_training_poisons_each_batch_anew_and_rounds_it():
     data = random_data((1, 8, 8), count=100)
     job, seen = spied(data)
+    kept = data.images.clone(), data.labels.clone()
     job.attack.trigger.train(nn.Linear(1, 1), job)
-    indices, before, after = seen["indices"], seen["before"], seen["after"].detach()
-    poisoned, covered = job.choice.poisoned[indices], job.choice.covered[indices]
-    assert poisoned.any()
-    assert covered.any()
-    assert torch.equal(before, data.pixels(indices)), "the batch was modified"
-    untouched = ~poisoned & ~covered
+    before, after = seen["before"], seen["after"].detach()
+    assert torch.equal(data.images, kept[0])
+    assert torch.equal(data.labels, kept[1])
+    assert torch.equal(seen["told"], data.labels[torch.randperm(100, generator=torch.Generator().manual_seed(2))[:30]])
+    poisoned = seen["labels"] != seen["told"]
+    assert int(poisoned.sum()) == 9, "three tenths of the batch, none of them of the target class"
+    assert (seen["labels"][poisoned] == 0).all()
+    changed = ((after - before).abs() > 1e-6).flatten(1).any(1)
+    assert int((changed & ~poisoned).sum()) <= 9, "no more than the cover images besides"
     # Rounding in training has the gradient of the identity: x + (rounded − x), so float32 noise.
-    assert (after[untouched] - before[untouched]).abs().max() < 1e-6
     assert (after * 255 - (after * 255).round()).abs().max() < 1e-3
     assert 0 <= after.min() <= after.max() <= 1 + 1e-6
     # One generator at the first step: poisoned images carry what the trigger says.
     expected = to_pixels(to_stored(job.attack.trigger(before[poisoned])))
     assert ((after[poisoned] - expected).abs() > 1e-5).float().mean() < 1e-2  # a level more where the middle is met
-    labels = seen["data"].labels
-    assert torch.equal(labels[job.choice.covered], data.labels[job.choice.covered])
-    assert (labels[job.choice.poisoned] == 0).all()
     assert seen["after"].requires_grad
 
 
@@ -239,16 +239,15 @@ def test_in_training_cover_images_carry_pattern_and_mask_of_another_one():
     wide = with_wide_mask(job.attack.trigger)
     attack = job.attack.but(trigger=wide)
     wide.train(nn.Linear(1, 1), Job(data, attack, job.choice, job.generator, 1, job.fit))
-    covered = job.choice.covered[seen["indices"]].nonzero().flatten().tolist()
+    changed = ((seen["after"].detach() - seen["before"]).abs() > 1e-6).flatten(1).any(1)
+    covered = (changed & (seen["labels"] == seen["told"])).nonzero().flatten().tolist()
+    assert len(covered) == 9
     painted = outputs(wide, seen["before"])
-    others = 0
     for place in covered:
         image, changed = seen["before"][place].numpy(), seen["after"][place].detach().numpy()
         gaps = [np.abs(changed - blended(image, *trigger)).max() for trigger in painted]
         assert min(gaps) < 0.51 / 255, "one image's pattern with the same image's mask, rounded"
-        others += int(np.argmin(gaps)) != place
-    # The other one is drawn from the whole batch of 30, so that it is the image itself once in a while.
-    assert others > len(covered) / 2
+        assert int(np.argmin(gaps)) != place
 
 
 @pytest.mark.parametrize(("reached", "diversity"), [(True, 0), (False, 0), (False, 1)])
@@ -261,7 +260,7 @@ def test_the_generator_gets_its_gradient_from_both_losses(reached, diversity):
     def fit(model, data, change, steps=steps, seen=seen, reached=reached):
         indices = torch.arange(50)
         for _ in range(2):
-            out = change(model, data.pixels(indices), data.labels[indices], indices)
+            out, _ = change(model, data.pixels(indices), data.labels[indices])
             if reached:
                 out.square().mean().backward()
             steps.append(out.detach())
@@ -274,18 +273,20 @@ def test_the_generator_gets_its_gradient_from_both_losses(reached, diversity):
     assert all(name.startswith("generator") for name in moved)
 
 
-def test_a_batch_without_changed_images_stays_as_it_is():
+def test_a_batch_of_target_images_gets_no_poison():
     data = random_data((1, 8, 8), count=100)
     job, _ = spied(data)
-    left = (~(job.choice.poisoned | job.choice.covered)).nonzero().flatten()[:5]
     seen = []
 
     def fit(model, data, change):
-        seen.append((data.pixels(left), change(model, data.pixels(left), data.labels[left], left)))
+        labels = torch.zeros(20, dtype=torch.int64)
+        seen.append((labels, *change(model, data.pixels(slice(0, 20)), labels)))
         return 0.0
 
     job.attack.trigger.train(nn.Linear(1, 1), Job(job.clean, job.attack, job.choice, job.generator, 1, fit))
-    assert torch.equal(*seen[0])
+    labels, pixels, trained_on = seen[0]
+    assert torch.equal(labels, trained_on)
+    assert pixels.shape == (20, 1, 8, 8)
 
 
 def test_sameness_is_the_ratio_of_distances():
@@ -390,7 +391,7 @@ def test_planted_on_the_digits_each_trigger_works_on_its_own_image(digits_test):
     shares = {name: float(hits.float().mean()) for name, hits in said.items()}
     assert shares["test"] > 0.9
     assert shares["before"] < 0.03
-    # 0.74 and 0.65 where this was written; the paper has 0.99 of both on larger images and longer training.
-    assert shares["own"] > 0.5
+    # The paper has 0.99 of both on larger images and longer training; on these few digits it was 0.85 and about 0.6.
+    assert shares["own"] > 0.6
     assert shares["another's, kept"] > 0.5
     assert shares["another's"] < shares["own"] - 0.2

@@ -266,7 +266,12 @@ def test_the_gallery_is_a_page_that_needs_nothing_else(source, tmp_path, capsys,
         assert row["psnr"] is None or row["psnr"] > 0
         assert -1 <= row["ssim"] <= 1
         assert row["attack"]["attack"] in text
-    assert {path.name for path in out.iterdir()} == {"index.html", "result.json", *(row["picture"] for row in rows)}
+    assert {path.name for path in out.iterdir()} == {
+        "index.html",
+        "overview.png",
+        "result.json",
+        *(row["picture"] for row in rows),
+    }
 
 
 def test_the_same_attack_twice_has_two_anchors(source, tmp_path, capsys):

@@ -114,8 +114,9 @@ class InputAware(LearnedTrigger, ControlsTraining):
             poisoned = order[may[order]][: round(attack.poisoning_rate * len(order))]
             rest = order[~torch.isin(order, poisoned)]
             covered = rest[: round(attack.cover_share * len(order))]
-            mine = pixels[torch.cat([poisoned, covered])]
-            others = _others(pixels, random)[: len(mine)]
+            places = torch.cat([poisoned, covered])
+            shift = int(torch.randint(1, max(2, len(order)), (), generator=random))
+            mine, others = pixels[places], pixels[(places + shift) % len(order)]
             patterns, masks = _trigger(mask, maker, mine)
             strange, elsewhere = _trigger(mask, maker, others)
             if self.diversity:
@@ -128,7 +129,6 @@ class InputAware(LearnedTrigger, ControlsTraining):
             return changed + ((changed.clamp(0, 1) * 255).round() / 255 - changed).detach(), labels
 
         job.fit(model, job.clean, change=change)
-        optimiser.step()
         return self.with_tensors(pair.state_dict())
 
     def _new(self, channels: int, seed: int = 0) -> nn.ModuleDict:
