@@ -54,7 +54,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        self.path = path
+        self.path, self.force = path, force
         if path.exists() or path.is_symlink():
             if not force:
                 raise WriteError(f"{path} exists already; choose another -o, or pass --force to replace it")
@@ -83,6 +83,8 @@ class OutputFolder:
                 raise WriteError(f"can't write {self.path}: {error.strerror or error}") from error
             return
         old = None
+        if self.path.exists() and not self.force:
+            raise WriteError(f"{self.path} has appeared meanwhile and is left as it is; the results are in {self.part}")
         try:
             self.part.chmod(0o755)
             if self.path.exists():
