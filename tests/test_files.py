@@ -668,10 +668,13 @@ def test_a_hostile_card_is_one_line(tmp_path, trained, digits_test, card):
 
 def test_a_folder_that_appears_during_the_run_is_kept_and_so_are_the_results(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(WriteError, match="appeared meanwhile") as caught, OutputFolder(target) as part:
-        (part / "result.json").write_text("{}")
-        target.mkdir()
-        (target / "notes.txt").write_text("somebody else's")
+    folder = OutputFolder(target)
+    part = folder.__enter__()
+    (part / "result.json").write_text("{}")
+    target.mkdir()
+    (target / "notes.txt").write_text("somebody else's")
+    with pytest.raises(WriteError, match="appeared meanwhile") as caught:
+        folder.__exit__(None, None, None)
     assert (target / "notes.txt").read_text() == "somebody else's"
     assert (part / "result.json").read_text() == "{}"
     assert str(part) in str(caught.value)
