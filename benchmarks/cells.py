@@ -1,0 +1,103 @@
+"""What the benchmarks share: cells of attacks, their options, and result files that can be gone on with.
+
+A cell is a line `NAME ATTACK [recipe setting=value ...]`, for instance `wanet-all wanet label_map=all-to-all`; the
+attack `clean` means the same training on clean data.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unplant.data import open_data
+from unplant.images import LabeledImages
+from unplant.params import parse_settings
+from unplant.planting import TrainConfig, parse_attack
+from unplant.poisoning import Attack
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a run have in common."""
+
+    data: LabeledImages
+    test: LabeledImages
+    arch: str
+    training: TrainConfig
+    seed: int
+    cache: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the result line."""
+        return {
+            "arch": self.arch,
+            "training": self.training.model_dump(mode="json"),
+            "seed": self.seed,
+            "images": len(self.data),
+            "data": self.data.fingerprint(),
+        }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark over cells."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("cells", type=Path)
+    options.add_argument("--data", required=True)
+    options.add_argument("--test", required=True)
+    options.add_argument("--arch", default="small_cnn")
+    options.add_argument("--set", action="append", default=[], dest="training", help="of the infected model's training")
+    options.add_argument("--max-images", type=int)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--cache", type=Path)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--out", type=Path, required=True)
+    return options
+
+
+def setting(args: argparse.Namespace) -> Setting:
+    """Opens the data."""
+    torch.set_num_threads(args.threads)
+    data, test = open_data(args.data), open_data(args.test)
+    if args.max_images:
+        data = data.sample(args.max_images, torch.Generator().manual_seed(args.seed))
+    return Setting(data, test, args.arch, TrainConfig(**parse_settings(args.training)), args.seed, args.cache)
+
+
+def attack_of(spec: str, recipe: list[str]) -> Attack | None:
+    """The attack of a cell; None for `clean`."""
+    return None if spec == "clean" else parse_attack(spec, **parse_settings(recipe))
+
+
+def run_missing(
+    args: argparse.Namespace,
+    key: Callable[[dict[str, Any]], Any],
+    todo: Callable[[str], Any],
+    measure: Callable[[str, Attack | None], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Measures the cells that aren't in the result file yet, appends one line each, and returns all lines.
+
+    Args:
+        args: the options.
+        key: of a result line, what identifies it.
+        todo: of a cell's name, the key that its line would have.
+        measure: the line of a cell, from its name and attack.
+    """
+
+    def rows() -> list[dict[str, Any]]:
+        text = args.out.read_text(encoding="utf-8") if args.out.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    for line in args.cells.read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, spec, *recipe = line.split()
+        if todo(name) in map(key, rows()):
+            continue
+        row = measure(name, attack_of(spec, recipe))
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return rows()

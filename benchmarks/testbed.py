@@ -1,0 +1,127 @@
+"""Runs one configuration of an eraser over cells of attacks: one JSON line a cell, resumable, then the table.
+
+    python benchmarks/testbed.py cells.txt --data digits:train --test digits:test --set epochs=20 \
+        --set batch_size=64 --method pbe --eraser batch_size=64 --out testbed.jsonl
+
+Infected models come from the cache (--cache) or are planted into it. Cells: see benchmarks/cells.py. The pass rule:
+ASR at most 5 % (upper 95 % bound), ACC drop at most 2 points, RA at least 0.9 ACC; a clean model's drop at most 1.
+Only cells whose attack worked (ASR at least 80 %) count.
+"""
+
+import time
+from statistics import mean
+from typing import Any
+
+import torch
+from cells import parser, run_missing, setting
+
+from unplant.cache import plant_cached
+from unplant.erasers import erasers
+from unplant.evaluation import evaluate, suspect_quality
+from unplant.params import parse_settings
+from unplant.planting import train
+from unplant.poisoning import Attack
+from unplant.runs import environment
+
+
+def main() -> None:
+    """Erases what is missing and prints a Markdown table with mean and worst."""
+    options = parser(__doc__)
+    options.add_argument("--method", default="pbe")
+    options.add_argument("--preset", default="default")
+    options.add_argument("--eraser", action="append", default=[], help="setting=value of the eraser")
+    options.add_argument("--label", default="", help="a name for this configuration of the eraser")
+    args = options.parse_args()
+    here = setting(args)
+    method = erasers[args.method]
+    config = method.configure(args.preset, **parse_settings(args.eraser))
+    label = args.label or f"{args.method}/{args.preset}"
+
+    def measure(name: str, attack: Attack | None) -> dict[str, Any]:
+        if attack is None:
+            model, data = train(here.arch, here.data, here.training, seed=here.seed), here.data
+            poisoned, known = torch.zeros(len(data), dtype=torch.bool), None
+        else:
+            same = {"seed": here.seed, "folder": here.cache}
+            planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
+            model, data, known = planted.model, planted.training_set.data, planted.attack
+            poisoned = planted.training_set.poisoned
+        start = time.monotonic()
+        erasure = method.run(model, data, config, generator=torch.Generator().manual_seed(here.seed))
+        row = {
+            "cell": name,
+            "label": label,
+            **here.to_json(),
+            "attack": known.to_json(weights=False) if known else None,
+            "eraser": {"method": args.method, **config.model_dump(mode="json")},
+            "before": evaluate(model, here.test, known).to_json(),
+            "after": evaluate(erasure.model, here.test, known).to_json(),
+            "suspects": suspect_quality(erasure, poisoned),
+            "poison_in_extra_sets": [int((part & poisoned).sum()) for part in erasure.extra_sets],
+            "passes": sum(step.get("passes", 0) for step in erasure.rounds),
+            "seconds": round(time.monotonic() - start),
+            "environment": environment(),
+        }
+        print(line_of(row), flush=True)
+        return row
+
+    rows = run_missing(
+        args,
+        lambda row: (row["cell"], row["seed"], row["images"], row["label"]),
+        lambda name: (name, here.seed, len(here.data), label),
+        measure,
+    )
+    print("\n".join(table([row for row in rows if row["label"] == label])))
+
+
+def passes(row: dict[str, Any]) -> bool | None:
+    """Whether a cell passes; None if its attack didn't work in the first place."""
+    before, after = row["before"], row["after"]
+    drop = before["acc"] - after["acc"]
+    if row["attack"] is None:
+        return drop <= 0.01
+    if before["asr"] is None or before["asr"] < 0.8:
+        return None
+    return after["asr_upper"] <= 0.05 and drop <= 0.02 and after["ra"] >= 0.9 * after["acc"]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines, with the mean and the worst of the cells that count."""
+    head = ("cell", "ACC before → after", "ASR before → after", "RA", "suspects P / R", "flagged", "passes", "")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line_of, rows)]
+    counted = [row for row in rows if row["attack"] is not None and passes(row) is not None]
+    if counted:
+        asr = [row["after"]["asr"] for row in counted]
+        drop = [row["before"]["acc"] - row["after"]["acc"] for row in counted]
+        lines += [
+            "",
+            f"{sum(bool(passes(row)) for row in counted)} of {len(counted)} infected cells pass; "
+            f"ASR mean {percent(mean(asr))}, worst {percent(max(asr))}; "
+            f"ACC drop mean {percent(mean(drop))}, worst {percent(max(drop))}",
+        ]
+    return lines
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    b, a, found = row["before"], row["after"], row["suspects"]
+    cells = (
+        row["cell"],
+        f"{percent(b['acc'])} → {percent(a['acc'])}",
+        f"{percent(b['asr'])} → {percent(a['asr'])}",
+        percent(a["ra"]),
+        f"{percent(found['precision'])} / {percent(found['recall'])}",
+        "–" if found["flagged"] is None else str(found["flagged"]),
+        f"{row['passes']:.1f}",
+        {True: "pass", False: "**fail**", None: "attack too weak"}[passes(row)],
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def percent(value: float | None) -> str:
+    """A share for people."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+if __name__ == "__main__":
+    main()
