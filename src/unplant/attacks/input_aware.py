@@ -13,6 +13,7 @@ from unplant.images import LabeledImages, forever
 from unplant.params import Real, Share
 from unplant.poisoning import Access, Attack, ControlsTraining, Job, LearnedTrigger, triggers
 from unplant.results import Progress
+from unplant.training import channel_statistics
 
 
 @triggers.register("input_aware")
@@ -86,13 +87,15 @@ class InputAware(LearnedTrigger, ControlsTraining):
         random = torch.Generator().manual_seed(seed)
         pair = self._new(data.shape[0], seed).to(device)
         optimiser = _Falling(pair["mask"], self.lr, self.mask_steps)
+        # The paper's weights are for normalised images; with pixels in [0, 1] a mask would be a third as large.
+        std = torch.tensor(channel_statistics(data)[1]).view(-1, 1, 1).to(device)
         batches = forever(data, 64, random)
         for step in range(self.mask_steps):
             pixels = data.pixels(next(batches)).to(device)
             others = _others(pixels, random)
             masks, different = _threshold(pair["mask"](pixels)), _threshold(pair["mask"](others))
             size = F.relu(masks - self.density).mean()
-            loss = self.norm * size + self.diversity * _sameness(pixels, others, masks, different)
+            loss = self.norm * size + self.diversity * _sameness(pixels / std, others / std, masks, different)
             loss.backward()
             optimiser.step()
             if progress is not None:
