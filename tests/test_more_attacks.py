@@ -74,7 +74,7 @@ def test_presets_hold_the_published_constants(name, preset, settings):
         ("bpp", 1.0, {}),
         ("ctrl", 0.0, {"clean_label": True, "poisoning_rate": 0.05}),
         ("lf", 0.0, {}),
-        ("tact", 1.0, {"sources": (1,), "poisoning_rate": 0.05}),
+        ("tact", 1.0, {"sources": (1,), "poisoning_rate": 0.02}),
     ],
 )
 def test_an_attack_comes_with_the_recipe_of_its_source(name, covers, recipe):
