@@ -182,7 +182,7 @@ def test_poisoning_keeps_its_accounts(trigger, recipe, shape):
 
     rate = recipe.get("poisoning_rate", 0.05)
     cover = recipe.get("cover_rate", trigger.cover_ratio * rate)
-    assert int(result.poisoned.sum()) == round(rate * COUNT) == 8
+    assert int(result.poisoned.sum()) == round(rate * COUNT) >= 3
     assert int(result.covered.sum()) == round(cover * COUNT)
     assert not (result.poisoned & result.covered).any()
 
