@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from unplant.images import LabeledImages
-from unplant.poisoning import Attack, LearnedTrigger, Trigger
+from unplant.triggers import LearnedTrigger, Trigger
 
 TINY = {"surrogate": "small_cnn:width=4", "surrogate_epochs": 0.1, "steps": 3, "mask_steps": 3, "width": 4}
 """Settings that make learning quick, for triggers that have them and need to learn."""
@@ -22,8 +22,7 @@ def ready(trigger: Trigger, shape: tuple[int, int, int], classes: int = 3) -> Tr
 @cache
 def _learnt(trigger: LearnedTrigger, shape: tuple[int, int, int], classes: int) -> Trigger:
     tiny = trigger.but(**{name: value for name, value in TINY.items() if name in type(trigger).model_fields})
-    attack = Attack(trigger=tiny)
-    return tiny.learn(random_data(shape, classes), attack, seed=0, device="cpu", progress=None)
+    return tiny.learn(random_data(shape, classes), seed=0, device="cpu", progress=None)
 
 
 def random_data(shape: tuple[int, int, int], classes: int = 3, count: int = 32, seed: int = 0) -> LabeledImages:

@@ -13,8 +13,9 @@ import unplant.attacks
 from unplant.errors import UsageError
 from unplant.evaluation import evaluate, suspect_quality
 from unplant.images import LabeledImages, to_pixels, to_stored
-from unplant.poisoning import Attack, apply, choose, parse_attack, poison, triggered_test_set, triggers
+from unplant.poisoning import Attack, apply, choose, parse_attack, poison, triggered_test_set
 from unplant.results import Erasure
+from unplant.triggers import triggers
 
 
 def every_trigger():

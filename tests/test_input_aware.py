@@ -132,7 +132,7 @@ def test_the_mask_network_learns_first_and_the_generator_with_the_classifier():
     attack = Attack(trigger=InputAware(width=4, mask_steps=4), poisoning_rate=0.2)
     start = attack.trigger.with_tensors(attack.trigger._new(1, 0).state_dict())
     shuffled, _, _ = shuffled_choice(data, attack, 0)
-    learnt = attack.trigger.learn(shuffled, attack, seed=0)
+    learnt = attack.trigger.learn(shuffled, seed=0)
     trained = plant(data, attack, "small_cnn:width=4", TrainConfig(epochs=1, batch_size=50)).attack.trigger
     tensors = [one.tensors() for one in (start, learnt, trained)]
     moved = [
@@ -150,7 +150,7 @@ def test_learning_is_deterministic_and_leaves_data_and_the_global_random_state()
     attack = Attack(trigger=InputAware(width=4, mask_steps=3))
     told = []
     first, again, other = (
-        attack.trigger.learn(data, attack, seed=seed, progress=lambda *step: told.append(step)) for seed in (0, 0, 1)
+        attack.trigger.learn(data, seed=seed, progress=lambda *step: told.append(step)) for seed in (0, 0, 1)
     )
     assert first == again != other
     assert told[:3] == [("mask network", pytest.approx(k / 3)) for k in (1, 2, 3)]
@@ -163,7 +163,7 @@ def test_what_the_mask_network_learns_from():
 
     def learnt(seed=0, **settings):
         trigger = InputAware(width=4, mask_steps=2, **settings)
-        return trigger.learn(data, Attack(trigger=trigger), seed=seed).weights
+        return trigger.learn(data, seed=seed).weights
 
     assert learnt() != learnt(norm=0), "the mask's size counts"
     assert learnt() != learnt(diversity=0), "the distance between masks counts"
@@ -179,7 +179,7 @@ def masked():
     """The default mask network, learnt on the digits: about five seconds."""
     data = digits("train")
     attack = Attack(trigger=InputAware())
-    return attack.trigger.learn(data, attack, seed=0)
+    return attack.trigger.learn(data, seed=0)
 
 
 @pytest.mark.slow

@@ -32,9 +32,7 @@ def tiny(kind):
 def test_learning_is_deterministic_and_leaves_data_and_the_global_random_state(kind):
     data, attack = random_data((3, 9, 12)), Attack(trigger=tiny(kind))
     before, state = data.images.clone(), torch.get_rng_state()
-    first, again, other = (
-        attack.trigger.learn(data, attack, seed=seed, device="cpu", progress=None) for seed in (0, 0, 1)
-    )
+    first, again, other = (attack.trigger.learn(data, seed=seed, device="cpu", progress=None) for seed in (0, 0, 1))
     assert first == again
     assert first.weights != other.weights
     assert torch.equal(data.images, before)

@@ -13,8 +13,9 @@ from unplant import metrics, pictures
 from unplant.errors import UsageError
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.planting import TrainConfig, plant, poison_only
-from unplant.poisoning import Attack, ControlsTraining, LearnedTrigger, triggered_test_set
+from unplant.poisoning import Attack, ControlsTraining, triggered_test_set
 from unplant.results import Progress
+from unplant.triggers import LearnedTrigger
 
 TRAINING = TrainConfig(epochs=10, batch_size=64)
 """For the attacks whose trigger is learnt along with a model."""

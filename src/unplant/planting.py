@@ -58,7 +58,7 @@ def plant(
         model = train(architecture, training_set.data, config, seed=seed, device=device, progress=progress)
         return Planted(model, training_set, attack)
     data, choice, generator = shuffled_choice(data, attack, seed)
-    learnt = attack.trigger.learn(data, attack, seed=seed, device=device, progress=progress)
+    learnt = attack.trigger.learn(data, seed=seed, device=device, progress=progress)
     attack = attack.but(trigger=learnt)
     model = new_classifier(architecture, data, seed=seed, device=device)
     order, steps = torch.Generator().manual_seed(seed), steps_of(config.epochs, data, config.batch_size)
@@ -85,7 +85,7 @@ def poison_only(
     if isinstance(attack.trigger, ControlsTraining):
         raise UsageError(f"{attack.trigger.id} controls training: its data alone would infect no model; plant a model")
     data, choice, generator = shuffled_choice(data, attack, seed)
-    learnt = attack.trigger.learn(data, attack, seed=seed, device=device, progress=progress)
+    learnt = attack.trigger.learn(data, seed=seed, device=device, progress=progress)
     attack = attack.but(trigger=learnt)
     return apply(data, attack, choice, generator), attack
 

@@ -16,7 +16,8 @@ from unplant.attacks import (
     trojannn,
     wanet,
 )
-from unplant.poisoning import parse_attack, triggers
+from unplant.poisoning import parse_attack
+from unplant.triggers import triggers
 
 __all__ = [
     "adaptive_blend",

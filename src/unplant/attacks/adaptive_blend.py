@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unplant.attacks.blended import Blended
 from unplant.params import Pixel, Share
-from unplant.poisoning import triggers
+from unplant.triggers import triggers
 
 
 @triggers.register("adaptive_blend")

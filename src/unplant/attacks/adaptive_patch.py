@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unplant.attacks.blended import noise
 from unplant.params import Pixel, Share
-from unplant.poisoning import Trigger, triggers
+from unplant.triggers import Trigger, triggers
 
 Four = tuple[Pixel, Pixel, Pixel, Pixel]
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unplant.poisoning import Trigger, triggers
+from unplant.triggers import Trigger, triggers
 
 PATTERNS = {"checkerboard": ((0, 0, 1), (0, 1, 0), (1, 0, 1))}
 """As NAD (Li et al., ICLR 2021), ABL (Li et al., NeurIPS 2021) and the released PBE code place it, row by row."""

@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unplant.poisoning import ControlsTraining, Job, triggers
+from unplant.poisoning import ControlsTraining, Job
+from unplant.triggers import triggers
 
 
 @triggers.register("bpp")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unplant.attacks.cosines import cosines
 from unplant.params import Real
-from unplant.poisoning import Trigger, triggers
+from unplant.triggers import Trigger, triggers
 
 RED_GREEN_BLUE = (1.14, -0.396 - 0.581, 2.029)
 """What one unit more of both U and V means in RGB, with the constants of kornia's YUV, which the released code uses."""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from unplant.errors import UsageError
 from unplant.images import LabeledImages, forever
 from unplant.params import Real, Share
-from unplant.poisoning import Access, Attack, ControlsTraining, Job, LearnedTrigger, triggers
+from unplant.poisoning import ControlsTraining, Job
 from unplant.results import Progress
 from unplant.training import channel_statistics
+from unplant.triggers import Access, LearnedTrigger, triggers
 
 
 @triggers.register("input_aware")
@@ -80,9 +81,7 @@ class InputAware(LearnedTrigger, ControlsTraining):
             )
         return mask, generator
 
-    def learn(
-        self, data: LabeledImages, attack: Attack, *, seed: int, device: Any = "cpu", progress: Progress | None = None
-    ) -> Self:
+    def learn(self, data: LabeledImages, *, seed: int, device: Any = "cpu", progress: Progress | None = None) -> Self:
         """Trains the mask network (section 3.3: diversity and density, no classifier)."""
         random = torch.Generator().manual_seed(seed)
         pair = self._new(data.shape[0], seed).to(device)

@@ -11,8 +11,8 @@ from unplant.attacks.surrogate import UsesSurrogate, keep, rebuild
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.params import Pixel
-from unplant.poisoning import Attack, LearnedTrigger, triggers
 from unplant.results import Progress
+from unplant.triggers import LearnedTrigger, triggers
 
 RIGHT = ((-1, -1, 1), (-1, 1, -1), (1, -1, 1))
 """The patch of both right corners, row by row: 1 is white, -1 is black; the left ones mirror it."""
@@ -69,7 +69,7 @@ class LabelConsistent(UsesSurrogate, LearnedTrigger):
         moved = pgd(model, pixels, labels, eps=self.eps, step_size=self.step_size, steps=self.steps)
         return self._patched(moved, self.train_opacity)
 
-    def learn(self, data: LabeledImages, attack: Attack, *, seed: int, device: Any, progress: Progress | None) -> Self:
+    def learn(self, data: LabeledImages, *, seed: int, device: Any, progress: Progress | None) -> Self:
         """Trains the surrogate."""
         model = self.train_surrogate(data, seed=seed, device=device, progress=progress)
         return self.with_tensors(keep(model, data.num_classes))

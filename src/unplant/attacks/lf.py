@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unplant.attacks.cosines import cosines
 from unplant.params import Pixel
-from unplant.poisoning import Trigger, triggers
+from unplant.triggers import Trigger, triggers
 
 
 @triggers.register("lf")

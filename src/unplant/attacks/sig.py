@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unplant.params import Pixel, Real
-from unplant.poisoning import Trigger, triggers
+from unplant.triggers import Trigger, triggers
 
 
 @triggers.register("sig")

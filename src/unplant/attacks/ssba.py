@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from unplant.errors import NumericalError
 from unplant.images import LabeledImages, forever
 from unplant.params import Pixel, Real
-from unplant.poisoning import Attack, LearnedTrigger, triggers
 from unplant.results import Progress
+from unplant.triggers import LearnedTrigger, triggers
 
 GRID = 8
 """The bit string is laid out on a map of that many rows and columns, which is then stretched over the image."""
@@ -58,7 +58,7 @@ class SSBA(LearnedTrigger):
         with torch.no_grad():
             return (pixels + encoder(pixels, self.secret().to(pixels).expand(len(pixels), -1))).clamp(0, 1)
 
-    def learn(self, data: LabeledImages, attack: Attack, *, seed: int, device: Any, progress: Progress | None) -> Self:
+    def learn(self, data: LabeledImages, *, seed: int, device: Any, progress: Progress | None) -> Self:
         """Trains encoder and decoder; keeps the encoder."""
         return self.with_tensors(self.pair(data, seed=seed, device=device, progress=progress)[0].state_dict())
 

@@ -11,9 +11,9 @@ from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.models import architectures, build
 from unplant.params import Config, Real
-from unplant.poisoning import LearnedTrigger
 from unplant.results import Progress
 from unplant.training import TrainConfig, train
+from unplant.triggers import LearnedTrigger
 
 
 def _registered(spec: str) -> str:

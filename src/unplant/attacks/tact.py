@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from unplant.attacks.badnets import BadNets
-from unplant.poisoning import triggers
+from unplant.triggers import triggers
 
 
 @triggers.register("tact")

@@ -11,8 +11,8 @@ from unplant.classifier import device_of, frozen
 from unplant.errors import UsageError
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.params import Real, Share
-from unplant.poisoning import Attack, LearnedTrigger, triggers
 from unplant.results import Progress
+from unplant.triggers import LearnedTrigger, triggers
 
 
 @triggers.register("trojannn")
@@ -61,7 +61,7 @@ class TrojanNN(UsesSurrogate, LearnedTrigger):
             )
         return _stamped(pixels, to_pixels(patch).to(pixels))
 
-    def learn(self, data: LabeledImages, attack: Attack, *, seed: int, device: Any, progress: Progress | None) -> Self:
+    def learn(self, data: LabeledImages, *, seed: int, device: Any, progress: Progress | None) -> Self:
         """Trains the surrogate, picks its neurons and optimises the patch."""
         model = self.train_surrogate(data, seed=seed, device=device, progress=progress)
         generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.params import Real
-from unplant.poisoning import ControlsTraining, Job, triggers
+from unplant.poisoning import ControlsTraining, Job
+from unplant.triggers import triggers
 
 
 @triggers.register("wanet")

@@ -8,8 +8,8 @@ from unplant.cli.evaluate import scores_table
 from unplant.cli.output import emit, percent, progress_bar, say, show
 from unplant.demo import ERASING, run_demo, triggered_picture
 from unplant.files import OutputFolder, write_atomically
-from unplant.poisoning import triggers
 from unplant.runs import ModelCard, save_erasure
+from unplant.triggers import triggers
 
 
 def run(*, attack: str, seed: int, out: Path, force: bool, json: bool, threads: int | None) -> None:

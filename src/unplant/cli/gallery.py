@@ -8,8 +8,8 @@ from unplant.cli.common import read, read_attack, set_threads
 from unplant.cli.output import emit, progress_bar, say, show
 from unplant.files import OutputFolder, write_atomically
 from unplant.gallery import exhibit, number, overview, page
-from unplant.poisoning import triggers
 from unplant.runs import environment, write_json
+from unplant.triggers import triggers
 
 
 def run(

@@ -11,7 +11,7 @@ from unplant.erasers import erasers
 from unplant.models import architectures
 from unplant.params import Config
 from unplant.planting import TrainConfig
-from unplant.poisoning import triggers
+from unplant.triggers import triggers
 
 CONTROLS = {
     "data": "controls the data",
