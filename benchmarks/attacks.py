@@ -12,9 +12,8 @@ from typing import Any
 from cells import parser, run_missing, setting
 
 from unplant import metrics
-from unplant.cache import key_of, plant_cached, settings_of
+from unplant.cache import key_of, plant_cached, settings_of, train_cached
 from unplant.evaluation import evaluate
-from unplant.planting import train
 from unplant.poisoning import Attack, triggered_test_set
 from unplant.runs import environment
 
@@ -28,8 +27,9 @@ def main() -> None:
         start = time.monotonic()
         row: dict[str, Any] = {"cell": name, **here.to_json(), "attack": None}
         if attack is None:
-            model = train(here.arch, here.data, here.training, seed=here.seed)
-            row |= {"seconds": round(time.monotonic() - start), "scores": evaluate(model, here.test).to_json()}
+            model, cached = train_cached(here.data, here.arch, here.training, seed=here.seed, folder=here.cache)
+            seconds = None if cached else round(time.monotonic() - start)
+            row |= {"seconds": seconds, "scores": evaluate(model, here.test).to_json()}
         else:
             same = {"seed": here.seed, "folder": here.cache}
             planted, cached = plant_cached(here.data, attack, here.arch, here.training, **same)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from cells import parser, run_missing, setting
 
-from unplant.cache import plant_cached
+from unplant.cache import plant_cached, train_cached
 from unplant.erasers import erasers
 from unplant.evaluation import evaluate, suspect_quality
 from unplant.params import parse_settings
-from unplant.planting import train
 from unplant.poisoning import Attack
 from unplant.runs import environment
 
@@ -31,27 +30,30 @@ def main() -> None:
     options.add_argument("--preset", default="default")
     options.add_argument("--eraser", action="append", default=[], help="setting=value of the eraser")
     options.add_argument("--label", default="", help="a name for this configuration of the eraser")
+    options.add_argument("--defence-seed", type=int, help="of the eraser; default: --seed")
     args = options.parse_args()
+    defence_seed = args.seed if args.defence_seed is None else args.defence_seed
     here = setting(args)
     method = erasers[args.method]
     config = method.configure(args.preset, **parse_settings(args.eraser))
     label = args.label or f"{args.method}/{args.preset}"
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
+        same = {"seed": here.seed, "folder": here.cache}
         if attack is None:
-            model, data = train(here.arch, here.data, here.training, seed=here.seed), here.data
+            (model, _), data = train_cached(here.data, here.arch, here.training, **same), here.data
             poisoned, known = torch.zeros(len(data), dtype=torch.bool), None
         else:
-            same = {"seed": here.seed, "folder": here.cache}
             planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
             model, data, known = planted.model, planted.training_set.data, planted.attack
             poisoned = planted.training_set.poisoned
         start = time.monotonic()
-        erasure = method.run(model, data, config, generator=torch.Generator().manual_seed(here.seed))
+        erasure = method.run(model, data, config, generator=torch.Generator().manual_seed(defence_seed))
         row = {
             "cell": name,
             "label": label,
             **here.to_json(),
+            "defence_seed": defence_seed,
             "attack": known.to_json(weights=False) if known else None,
             "eraser": {"method": args.method, **config.model_dump(mode="json")},
             "before": evaluate(model, here.test, known).to_json(),
@@ -67,8 +69,8 @@ def main() -> None:
 
     rows = run_missing(
         args,
-        lambda row: (row["cell"], row["seed"], row["images"], row["label"]),
-        lambda name: (name, here.seed, len(here.data), label),
+        lambda row: (row["cell"], row["seed"], row["defence_seed"], row["images"], row["label"]),
+        lambda name: (name, here.seed, defence_seed, len(here.data), label),
         measure,
     )
     print("\n".join(table([row for row in rows if row["label"] == label])))

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from unplant import cache
 from unplant.attacks import parse_attack, triggers
-from unplant.cache import default_folder, key_of, plant_cached, settings_of
+from unplant.cache import default_folder, key_of, plant_cached, settings_of, train_cached
 from unplant.errors import UsageError, WriteError
 from unplant.planting import TrainConfig
 from unplant.poisoning import Attack
@@ -394,3 +394,28 @@ def test_processes_that_plant_the_same_at_once_get_the_same(tmp_path):
 def test_a_spec_gives_the_same_entry_as_the_attack_it_stands_for(data, tmp_path):
     planted(data, tmp_path, parse_attack("badnets:size=3"))
     assert planted(data, tmp_path, BADNETS)[1]
+
+
+class TestCleanModels:
+    def test_are_trained_once_and_come_back_to_the_last_bit(self, data, tmp_path):
+        (first, before), (again, after) = (train_cached(data, ARCH, CONFIG, seed=1, folder=tmp_path) for _ in range(2))
+        assert (before, after) == (False, True)
+        one, two = first.state_dict(), again.state_dict()
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert not again.training
+
+    def test_another_setting_is_another_model_and_no_infected_one(self, data, tmp_path):
+        train_cached(data, ARCH, CONFIG, seed=1, folder=tmp_path)
+        assert not train_cached(data, ARCH, CONFIG, seed=2, folder=tmp_path)[1]
+        assert not train_cached(data, ARCH, CONFIG.but(lr=0.05), seed=1, folder=tmp_path)[1]
+        assert not planted(data, tmp_path, seed=1)[1]
+
+    def test_damaged_weights_are_trained_anew(self, data, tmp_path):
+        first, _ = train_cached(data, ARCH, CONFIG, folder=tmp_path)
+        (entry,) = tmp_path.iterdir()
+        weights = entry / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        again, cached = train_cached(data, ARCH, CONFIG, folder=tmp_path)
+        assert not cached
+        assert all(torch.equal(first.state_dict()[k], v) for k, v in again.state_dict().items())

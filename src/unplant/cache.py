@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from unplant.classifier import Classifier
 from unplant.errors import UnplantError, WriteError
 from unplant.files import write_atomically
 from unplant.images import LabeledImages
-from unplant.planting import Planted, TrainConfig, plant, shuffled_choice
+from unplant.planting import Planted, TrainConfig, plant, shuffled_choice, train
 from unplant.poisoning import Attack, PoisonedImages, parse_attack
 from unplant.results import Progress
 from unplant.runs import ModelCard, open_classifier, save_classifier, write_json
@@ -35,12 +36,12 @@ def default_folder() -> Path:
 
 
 def settings_of(
-    data: LabeledImages, attack: Attack, architecture: str, config: TrainConfig, seed: int
+    data: LabeledImages, attack: Attack | None, architecture: str, config: TrainConfig, seed: int
 ) -> dict[str, Any]:
     """All that decides what is planted; of an architecture in a Python file, what the file says too."""
     settings = {
         "format": FORMAT,
-        "attack": attack.to_json(),
+        "attack": attack.to_json() if attack else None,
         "architecture": architecture,
         "training": config.model_dump(mode="json"),
         "seed": seed,
@@ -82,12 +83,7 @@ def plant_cached(
     """
     config = config or TrainConfig()
     settings = settings_of(data, attack, architecture, config, seed)
-    root = folder or default_folder()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"can't write the cache {root}: {error.strerror or error}") from error
-    entry = root / f"{attack.trigger.id}-{key_of(settings)}"
+    entry = _entry(folder, attack.trigger.id, settings)
     if entry.exists() or entry.is_symlink():
         try:
             return _load(entry, settings, data, attack, architecture, seed, device), True
@@ -97,6 +93,50 @@ def plant_cached(
         planted = plant(data, attack, architecture, config, seed=seed, device=device, progress=progress)
         save_planted(part, planted, settings, architecture)
     return planted, False
+
+
+def train_cached(
+    data: LabeledImages,
+    architecture: str = "small_cnn",
+    config: TrainConfig | None = None,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Classifier, bool]:
+    """As `train`: a clean model; one with the same settings that lies in the cache already is taken from there.
+
+    Returns:
+        The model, and whether it came from the cache. A damaged entry is trained anew.
+
+    Raises:
+        WriteError: the cache can't be written.
+    """
+    config = config or TrainConfig()
+    settings = settings_of(data, None, architecture, config, seed)
+    entry = _entry(folder, "clean", settings)
+    if entry.exists() or entry.is_symlink():
+        try:
+            _check(entry, settings)
+            return _open(entry, data, architecture, device), True
+        except DAMAGE:
+            _remove(entry)  # trained anew below
+    with _new(entry) as part:
+        model = train(architecture, data, config, seed=seed, device=device, progress=progress)
+        save_classifier(part / "model.safetensors", model, ModelCard.of(model, architecture, data))
+        write_json(part / "result.json", {"settings": settings, "weights": _digest(part / "model.safetensors")})
+    return model, False
+
+
+def _entry(folder: Path | None, name: str, settings: Mapping[str, Any]) -> Path:
+    """The place of an entry; its folder is there afterwards."""
+    root = folder or default_folder()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"can't write the cache {root}: {error.strerror or error}") from error
+    return root / f"{name}-{key_of(settings)}"
 
 
 @contextmanager
@@ -166,11 +206,7 @@ def _load(
     device: torch.device | str,
 ) -> Planted:
     """Raises one of several errors if anything isn't as it was saved."""
-    about = json.loads((entry / "result.json").read_text(encoding="utf-8"))
-    if about["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError("another model has the same key")
-    if about["weights"] != _digest(entry / "model.safetensors"):
-        raise ValueError("the weights are damaged")
+    about = _check(entry, settings)
     found = _digest(entry / "attack.json")
     if about.get("attack", found) != found:  # the first entries didn't say
         raise ValueError("the attack is damaged")
@@ -182,8 +218,22 @@ def _load(
     training_data = LabeledImages(images, labels, data.classes, shuffled.names)
     if training_data.fingerprint() != about["training_set"]:
         raise ValueError("the training set is damaged")
-    model, _ = open_classifier(entry, data, arch=architecture)
+    model = _open(entry, data, architecture, device)
     learnt = parse_attack((entry / "attack.json").read_text(encoding="utf-8"))
     truth = PoisonedImages(training_data, choice.poisoned, shuffled.labels, choice.covered)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Planted(model, truth, learnt)
+
+
+def _check(entry: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an entry says about itself; raises if it holds another model or damaged weights."""
+    about = json.loads((entry / "result.json").read_text(encoding="utf-8"))
+    if about["settings"] != json.loads(json.dumps(settings)):
+        raise ValueError("another model has the same key")
+    if about["weights"] != _digest(entry / "model.safetensors"):
+        raise ValueError("the weights are damaged")
+    return about
+
+
+def _open(entry: Path, data: LabeledImages, architecture: str, device: torch.device | str) -> Classifier:
+    model, _ = open_classifier(entry, data, arch=architecture)
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
