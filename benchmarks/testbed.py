@@ -30,6 +30,7 @@ def main() -> None:
     options.add_argument("--preset", default="default")
     options.add_argument("--eraser", action="append", default=[], help="setting=value of the eraser")
     options.add_argument("--label", default="", help="a name for this configuration of the eraser")
+    options.add_argument("--suspect-images", type=int, help="the eraser gets so many at random")
     options.add_argument("--defence-seed", type=int, help="of the eraser; default: --seed")
     args = options.parse_args()
     defence_seed = args.seed if args.defence_seed is None else args.defence_seed
@@ -47,6 +48,9 @@ def main() -> None:
             planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
             model, data, known = planted.model, planted.training_set.data, planted.attack
             poisoned = planted.training_set.poisoned
+        if args.suspect_images:
+            part = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.suspect_images]
+            data, poisoned = data.select(part), poisoned[part]
         start = time.monotonic()
         erasure = method.run(model, data, config, generator=torch.Generator().manual_seed(defence_seed))
         row = {
@@ -54,6 +58,7 @@ def main() -> None:
             "label": label,
             **here.to_json(),
             "defence_seed": defence_seed,
+            "suspect_images": len(data),
             "attack": known.to_json(weights=False) if known else None,
             "eraser": {"method": args.method, **config.model_dump(mode="json")},
             "before": evaluate(model, here.test, known).to_json(),
