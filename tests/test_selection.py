@@ -13,6 +13,7 @@ from unplant.erasers.selection import (
     cosine_score,
     cross_examine,
     drop_score,
+    findings,
     least_suspicious,
     next_lesson,
     random_part,
@@ -92,12 +93,36 @@ def test_suspects_are_taught_under_new_labels_or_not_at_all():
     extra = torch.tensor([True, False, True, False])
     suspects = torch.tensor([False, True, False, True])
     after = torch.tensor([[9.0, 0, 0], [0, 0, 9], [0, 9, 0], [1, 0, 1]])
-    lesson = next_lesson(extra, suspects, after, labels, True, 0.5)
+    everyone = torch.ones(4, dtype=torch.bool)
+    lesson = next_lesson(extra, suspects, after, labels, taught=everyone, sure_above=0.5)
     assert lesson.images.tolist() == [True, True, True, False]  # of the last one the model isn't sure
     assert lesson.labels.tolist()[:3] == [0, 2, 1]
-    plain = next_lesson(extra, suspects, after, labels, False, 0.5)
-    assert torch.equal(plain.images, extra)
-    assert torch.equal(plain.labels, labels)
+    nobody = next_lesson(extra, suspects, after, labels, taught=~everyone, sure_above=0.5)
+    assert torch.equal(nobody.images, extra)
+    assert nobody.labels[extra].tolist() == labels[extra].tolist()
+
+
+def test_witnesses_tell_how_much_of_the_backdoor_is_left():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    suspects = torch.tensor([1, 1, 1, 0, 1, 0, 1, 0, 0]).bool()
+    left_out = torch.tensor([1, 1, 1, 0, 1, 0, 0, 0, 0]).bool()
+    witnesses = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1]).bool()
+    purified = torch.eye(3)[torch.tensor([0, 1, 0, 0, 2, 1, 2, 2, 2])] * 9
+    said = findings(suspects, left_out, witnesses, purified, labels)
+    assert said.infected
+    assert said.targets == (0, 1)  # 2 has a suspect, but no group that fell
+    assert said.poisoning_rate == pytest.approx(5 / 9)
+    assert said.witnesses == 3  # images 0, 1 and 4
+    assert said.asr_left == pytest.approx(1 / 3)  # image 0 is still called 0
+    assert 1 / 3 < said.asr_left_upper < 1
+
+
+def test_without_suspects_nothing_is_said_about_what_is_left():
+    nobody = torch.zeros(4, dtype=torch.bool)
+    said = findings(nobody, nobody, ~nobody, torch.rand(4, 2), torch.tensor([0, 1, 0, 1]))
+    assert not said.infected
+    assert (said.targets, said.poisoning_rate, said.witnesses) == ((), 0, 0)
+    assert said.asr_left is said.asr_left_upper is None
 
 
 def clouds(generator, *, apart: float, sizes=(60, 40), dimensions=30):

@@ -10,6 +10,33 @@ Progress = Callable[[str, float], None]
 """Told what is being done and which share of it is done, in [0, 1]."""
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a run says about the backdoor, from the suspect set alone: no trigger, no test images.
+
+    Attributes:
+        infected: whether a class holds a group of images that hang on their label by a link that could be broken.
+            False means that nothing was found, which is no proof that nothing is there.
+        targets: the labels of those classes, the one with the most suspects first.
+        poisoning_rate: share of all images that are suspects: the estimated poisoning rate.
+        witnesses: number of suspects that were never trained on under a new label.
+        asr_left: share of the witnesses to which the purified model still gives their suspicious label: the estimated
+            ASR; None without witnesses.
+        asr_left_upper: its one-sided upper 95 % bound.
+    """
+
+    infected: bool
+    targets: tuple[int, ...]
+    poisoning_rate: float
+    witnesses: int
+    asr_left: float | None
+    asr_left_upper: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self) | {"targets": list(self.targets)}
+
+
 @dataclass(frozen=True, eq=False)
 class Erasure:
     """What an eraser returns.
@@ -21,6 +48,7 @@ class Erasure:
         suspects: bool (N,), the images that the method takes for poisoned; None where it doesn't judge images.
         rounds: what each round did, as plain numbers and strings.
         extra_sets: bool (N,) per round, the images that were trained on under their own labels (PBE's D_ext).
+        findings: what the run says about the backdoor; None where the method doesn't look for one.
     """
 
     model: nn.Module
@@ -28,6 +56,7 @@ class Erasure:
     suspects: Tensor | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     extra_sets: list[Tensor] = field(default_factory=list)
+    findings: Findings | None = None
 
     def ranked(self) -> Tensor:
         """Indices of the flagged images, the most suspicious first; empty where nothing is flagged."""

@@ -5,6 +5,7 @@ Step 3 (`score`, `shares`), the use of the suspects (`relabel`) and the ending (
 The preset `released` does what the released code does, without its faults.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from unplant.erasers.selection import (
     Lesson,
     below,
     cross_examine,
+    findings,
     least_suspicious,
     next_lesson,
     random_part,
@@ -66,6 +68,10 @@ class PBEConfig(AdversarialConfig):
     relabel: bool = Field(
         default=True, description="teach the suspects too, under the labels that the purified model gives them"
     )
+    witnesses: Share = Field(
+        default=0.1, description="relabelling: share of the suspects that is kept out, to see if they are still obeyed"
+    )
+    renewals: int = Field(default=0, ge=0, le=100, description="ending: times that the new labels are asked for again")
 
 
 def pbe(
@@ -109,6 +115,9 @@ def pbe(
 
     # Initialisation: the first D_ext.
     purified, left_out = infected, torch.zeros(len(data), dtype=torch.bool)
+    witnesses = torch.rand(len(data), generator=generator) < config.witnesses
+    taught = ~witnesses if config.relabel else torch.zeros(len(data), dtype=torch.bool)
+    teach = partial(next_lesson, labels=data.labels, taught=taught, sure_above=config.sure_above)
     if config.initial == "random":
         lesson = Lesson(random_part(data, config.initial_share, generator), data.labels)
     else:
@@ -124,9 +133,9 @@ def pbe(
         suspicion = shared_suspicion(found.score, data.labels, left_out)
         extra = below(suspicion, config.clean_below)
         suspects = left_out & (suspicion > config.suspect_above)
-        lesson = next_lesson(extra, suspects, found.outputs, data.labels, config.relabel, config.sure_above)
+        lesson = teach(extra, suspects, found.outputs)
 
-    suspicion, suspects = torch.zeros(len(data)), torch.zeros(len(data), dtype=torch.bool)
+    after, suspicion, extra, suspects = before, torch.zeros(len(data)), lesson.images, left_out
     for number in range(config.rounds):
         adversarial, plain = steps, 0
         if config.epochs is not None:
@@ -146,13 +155,17 @@ def pbe(
         else:
             suspicion = shared_suspicion(suspicion, data.labels, left_out)
             extra, suspects = below(suspicion, config.clean_below), suspicion > config.suspect_above
-        lesson = next_lesson(extra, suspects, after, data.labels, config.relabel, config.sure_above)
+        lesson = teach(extra, suspects, after)
         rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum())}
 
     # Ending: plain images, to get accuracy back; the suspects keep the trigger in view, under new labels.
-    if final_steps:
-        purified = learn(purified, lesson, final_steps, "ending", config.final_adversarial_share)
-    return Erasure(purified, suspicion, suspects, rounds, extra_sets)
+    for part in range(config.renewals + 1 if final_steps else 0):
+        length = final_steps * (part + 1) // (config.renewals + 1) - final_steps * part // (config.renewals + 1)
+        purified = learn(purified, lesson, length, f"ending {part + 1}", config.final_adversarial_share)
+        after = logits(purified, data)
+        lesson = teach(extra, suspects, after)
+    said = findings(suspects, left_out, witnesses, after, data.labels) if config.initial == "clusters" else None
+    return Erasure(purified, suspicion, suspects, rounds, extra_sets, said)
 
 
 erasers.add(

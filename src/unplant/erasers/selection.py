@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unplant import metrics
 from unplant.classifier import activations, logits
 from unplant.detection.clusters import Split, split_classes
 from unplant.images import LabeledImages
+from unplant.results import Findings
 
 Purify = Callable[[Tensor, str], nn.Module]
 """Steps 1 and 2 from the infected model on the images of a mask (N,); the text says what for."""
@@ -93,13 +95,35 @@ class Lesson:
 
 
 def next_lesson(
-    extra: Tensor, suspects: Tensor, purified: Tensor, labels: Tensor, relabel: bool, sure_above: float
+    extra: Tensor, suspects: Tensor, purified: Tensor, labels: Tensor, *, taught: Tensor, sure_above: float
 ) -> Lesson:
-    """D_ext and, if `relabel`, the suspects too, under the labels of which the purified logits (N, K) are sure."""
-    if not relabel:
-        return Lesson(extra, labels)
+    """D_ext, and those suspects that are `taught`, under the labels of which the purified logits (N, K) are sure."""
     opinion, sure = second_opinion(purified, labels, sure_above)
-    return Lesson((extra & ~suspects) | (suspects & sure), torch.where(suspects, opinion, labels))
+    return Lesson((extra & ~suspects) | (suspects & taught & sure), torch.where(suspects, opinion, labels))
+
+
+def findings(suspects: Tensor, left_out: Tensor, witnesses: Tensor, purified: Tensor, labels: Tensor) -> Findings:
+    """What the suspects say about the backdoor, and the witnesses about what is left of it.
+
+    Args:
+        suspects: bool (N,).
+        left_out: bool (N,), the groups that fell.
+        witnesses: bool (N,), images that were not trained on where they are suspects.
+        purified: float (N, K), the final logits.
+        labels: int64 (N,).
+    """
+    counts = torch.bincount(labels[suspects & left_out], minlength=purified.shape[1])
+    targets = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
+    heard = suspects & witnesses
+    obeyed = int((purified.argmax(1) == labels)[heard].sum())
+    return Findings(
+        infected=bool(targets),
+        targets=tuple(targets),
+        poisoning_rate=float(suspects.float().mean()),
+        witnesses=int(heard.sum()),
+        asr_left=metrics.share((purified.argmax(1) == labels)[heard].numpy()),
+        asr_left_upper=metrics.upper_bound(obeyed, int(heard.sum())),
+    )
 
 
 @dataclass(frozen=True, eq=False)
