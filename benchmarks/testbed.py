@@ -32,9 +32,11 @@ def main() -> None:
     options.add_argument("--label", default="", help="a name for this configuration of the eraser")
     options.add_argument("--suspect-images", type=int, help="the eraser gets so many at random")
     options.add_argument("--defence-seed", type=int, help="of the eraser; default: --seed")
+    options.add_argument("--test-images", type=int, help="for quick looks: measure on so many test images at random")
     args = options.parse_args()
     defence_seed = args.seed if args.defence_seed is None else args.defence_seed
     here = setting(args)
+    test = here.test.sample(args.test_images, torch.Generator().manual_seed(0)) if args.test_images else here.test
     method = erasers[args.method]
     config = method.configure(args.preset, **parse_settings(args.eraser))
     label = args.label or f"{args.method}/{args.preset}"
@@ -61,9 +63,11 @@ def main() -> None:
             "suspect_images": len(data),
             "attack": known.to_json(weights=False) if known else None,
             "eraser": {"method": args.method, **config.model_dump(mode="json")},
-            "before": evaluate(model, here.test, known).to_json(),
-            "after": evaluate(erasure.model, here.test, known).to_json(),
+            "before": evaluate(model, test, known).to_json(),
+            "after": evaluate(erasure.model, test, known).to_json(),
             "suspects": suspect_quality(erasure, poisoned),
+            "findings": erasure.findings.to_json() if erasure.findings else None,
+            "rounds": erasure.rounds,
             "poison_in_extra_sets": [int((part & poisoned).sum()) for part in erasure.extra_sets],
             "passes": sum(step.get("passes", 0) for step in erasure.rounds),
             "seconds": round(time.monotonic() - start),

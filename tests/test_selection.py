@@ -193,41 +193,35 @@ def test_the_ball_is_twice_the_radius_at_which_half_of_the_images_flip(distance,
 
 
 @pytest.mark.parametrize("poison_is", ["smaller", "larger"])
-def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is, generator, monkeypatch):
+def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is, generator):
     """A fake purification that behaves as measured: poison that was left out loses its label, clean images don't."""
     poison_count = 40 if poison_is == "smaller" else 60
     poisoned = torch.zeros(200, dtype=torch.bool)
     poisoned[:poison_count] = True
     labels = torch.tensor([0] * 100 + [1] * 100)
-    data = LabeledImages(torch.zeros(200, 1, 8, 8, dtype=torch.uint8), labels, ("a", "b"))
     layer = torch.randn(200, 12, generator=generator)
     layer[poisoned, :4] += 6
     sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
+    taught = {}
 
-    class Fake(nn.Module):
-        def __init__(self, taught):
-            super().__init__()
-            self.taught = taught
+    def purify(part, why):
+        model = nn.Identity()
+        taught[model] = part
+        return model, sure if part[poisoned].any() else torch.where(poisoned[:, None], -sure, sure)
 
-    def fake_logits(model, _data):
-        if model.taught is None or model.taught[poisoned].any():
-            return sure
-        return torch.where(poisoned[:, None], -sure, sure)
-
-    monkeypatch.setattr("unplant.erasers.selection.logits", fake_logits)
-    monkeypatch.setattr("unplant.erasers.selection.activations", lambda model, data: [layer])
-    found = cross_examine(Fake(None), data, lambda part, why: Fake(part), least_gain=0.125, balanced=0.25, fallen=0.5)
+    split = split_classes([layer], labels, 2, least_gain=0.125)
+    found = cross_examine(split, nn.Identity(), sure, labels, purify, balanced=0.25, fallen=0.5)
     assert torch.equal(found.left_out, poisoned)
-    assert torch.equal(found.start.taught, ~poisoned)
+    assert torch.equal(taught[found.start], ~poisoned)
     assert (found.score[poisoned] > 0.9).all()
     assert (found.score[~poisoned] == 0).all()
 
 
-def test_a_natural_group_that_falls_a_little_is_trusted_again(generator, monkeypatch):
+def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
     """A rare way to write a digit: two groups in the features, but left out it keeps most of its label."""
     rare = torch.zeros(100, dtype=torch.bool)
     rare[:20] = True
-    data = LabeledImages(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64), ("a", "b"))
+    labels = torch.zeros(100, dtype=torch.int64)
     layer = torch.randn(100, 12, generator=generator)
     layer[rare, :4] += 6
 
@@ -235,17 +229,14 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator, monkeyp
         return torch.tensor([[chance, 1 - chance]]).log().expand(100, 2)
 
     calls = []
-    monkeypatch.setattr("unplant.erasers.selection.activations", lambda model, data: [layer])
-    monkeypatch.setattr(
-        "unplant.erasers.selection.logits",
-        lambda model, data: torch.where(rare[:, None] & (model is not None), outputs(0.6), outputs(0.99)),
-    )
 
     def purify(part, why):
         calls.append(part)
-        return nn.Identity()
+        return nn.Identity(), torch.where(rare[:, None], outputs(0.6), outputs(0.99))
 
-    found = cross_examine(None, data, purify, least_gain=0.125, balanced=0.25, fallen=0.5)
+    split = split_classes([layer], labels, 1, least_gain=0.125)
+    found = cross_examine(split, nn.Identity(), outputs(0.99), labels, purify, balanced=0.25, fallen=0.5)
     assert torch.equal(calls[0], ~rare)
     assert not found.left_out.any()
+    assert found.fall.tolist() == pytest.approx([0.39], abs=1e-5)
     assert float(found.score[rare].mean()) == pytest.approx(0.39, abs=1e-5)

@@ -29,6 +29,10 @@ class Split:
     gain: Tensor
     minor_share: Tensor
 
+    def to_json(self) -> dict[str, list[float]]:
+        """What is known of each class, as plain numbers."""
+        return {name: [round(v, 3) for v in getattr(self, name).tolist()] for name in ("gain", "minor_share")}
+
 
 def split_classes(
     layers: list[Tensor], labels: Tensor, num_classes: int, *, least_gain: float, dimensions: int = 10

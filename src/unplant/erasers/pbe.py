@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unplant.classifier import logits
+from unplant.classifier import activations, logits
+from unplant.detection.clusters import split_classes
 from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.selection import (
@@ -98,7 +99,8 @@ def pbe(
     epoch = steps_of(1, data, config.batch_size)
     steps = max(50, epoch // 2) if config.steps is None else config.steps
     final_steps = max(150, epoch * 3 // 2) if config.final_steps is None else config.final_steps
-    before = logits(infected, data)
+    outputs = partial(logits, data=data, precision=config.precision)
+    before = outputs(infected)
     rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
     extra_sets: list[Tensor] = []
 
@@ -121,14 +123,18 @@ def pbe(
     if config.initial == "random":
         lesson = Lesson(random_part(data, config.initial_share, generator), data.labels)
     else:
+
+        def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
+            model = learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share)
+            return model, outputs(model)
+
+        layers = activations(infected, data, precision=config.precision)
+        split = split_classes(layers, data.labels, data.num_classes, least_gain=config.least_gain)
+        rounds.append({"step": "groups", **split.to_json()})
         found = cross_examine(
-            infected, data,
-            lambda part, why: learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share),
-            least_gain=config.least_gain, balanced=config.balanced, fallen=config.fallen,
-        )  # fmt: skip
-        rounds[-1] |= {
-            name: [round(v, 3) for v in getattr(found.split, name).tolist()] for name in ("gain", "minor_share")
-        }
+            split, infected, before, data.labels, purify, balanced=config.balanced, fallen=config.fallen
+        )
+        rounds.append({"step": "examined", **found.to_json(data.labels)})
         purified, left_out = found.start, found.left_out
         suspicion = shared_suspicion(found.score, data.labels, left_out)
         extra = below(suspicion, config.clean_below)
@@ -147,7 +153,7 @@ def pbe(
         if plain:
             purified = learn(purified, lesson, plain, f"round {number + 1}, plain", 0.0)
         # Step 3: images on which θ₀ and θ agree are the next D_ext.
-        after = logits(purified, data)
+        after = outputs(purified)
         suspicion = SCORES[config.score](before, after, data.labels)
         if config.shares:
             extra = least_suspicious(suspicion, config.shares[min(number, len(config.shares) - 1)])
@@ -162,7 +168,7 @@ def pbe(
     for part in range(config.renewals + 1 if final_steps else 0):
         length = final_steps * (part + 1) // (config.renewals + 1) - final_steps * part // (config.renewals + 1)
         purified = learn(purified, lesson, length, f"ending {part + 1}", config.final_adversarial_share)
-        after = logits(purified, data)
+        after = outputs(purified)
         lesson = teach(extra, suspects, after)
     said = findings(suspects, left_out, witnesses, after, data.labels) if config.initial == "clusters" else None
     return Erasure(purified, suspicion, suspects, rounds, extra_sets, said)

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unplant import metrics
-from unplant.classifier import activations, logits
-from unplant.detection.clusters import Split, split_classes
+from unplant.detection.clusters import Split
 from unplant.images import LabeledImages
 from unplant.results import Findings
 
-Purify = Callable[[Tensor, str], nn.Module]
-"""Steps 1 and 2 from the infected model on the images of a mask (N,); the text says what for."""
+Purify = Callable[[Tensor, str], tuple[nn.Module, Tensor]]
+"""Steps 1 and 2 on the images of a mask (N,), the text says what for: the purified model and its logits (N, K)."""
 
 FLOOR = 0.05
 """The smallest D_ext, as a share of the data: the size of the first one in the released code."""
@@ -135,18 +134,23 @@ class Examination:
         score: float (N,), loss of its label's probability when its group was left out, or others were.
         outputs: float (N, K), the logits that gave this score.
         start: the model that was purified without just these images, or the infected one if none was.
-        split: the groups.
+        fall: float (K,), mean score of each class's more suspicious group above that of its other one.
     """
 
     left_out: Tensor
     score: Tensor
     outputs: Tensor
     start: nn.Module
-    split: Split
+    fall: Tensor
+
+    def to_json(self, labels: Tensor) -> dict[str, list[float]]:
+        """Per class: how far its more suspicious group fell, and how many of its images are left out."""
+        counts = torch.bincount(labels[self.left_out], minlength=len(self.fall))
+        return {"fall": [round(v, 3) for v in self.fall.tolist()], "left_out": counts.tolist()}
 
 
 def cross_examine(
-    infected: nn.Module, data: LabeledImages, purify: Purify, *, least_gain: float, balanced: float, fallen: float
+    split: Split, infected: nn.Module, before: Tensor, labels: Tensor, purify: Purify, *, balanced: float, fallen: float
 ) -> Examination:
     """Finds, in each class, the group of images that needs no link to be recognised.
 
@@ -156,20 +160,25 @@ def cross_examine(
     all, because their label hung on the trigger alone. Where one group is much smaller it is left out without a
     second trial. In the end, a group whose label's probability fell by less than `fallen` in the mean, beyond that of
     the rest of its class, is trusted again: it is a natural kind, such as digits written another way.
+
+    Args:
+        split: the groups.
+        infected: θ₀.
+        before: float (N, K), its logits.
+        labels: int64 (N,).
+        purify: Steps 1 and 2 from θ₀.
+        balanced: share of the smaller group from which both are tried.
+        fallen: mean loss of its label's probability from which a group stays out.
     """
-    split = split_classes(activations(infected, data), data.labels, data.num_classes, least_gain=least_gain)
-    before = logits(infected, data)
-    start = purify(~split.minor, "without the smaller groups")
-    left_out, outputs = split.minor, logits(start, data)
-    score = drop_score(before, outputs, data.labels)
+    start, outputs = purify(~split.minor, "without the smaller groups")
+    left_out, score = split.minor, drop_score(before, outputs, labels)
     doubtful = split.minor_share > balanced
     if doubtful.any():
-        other = torch.where(doubtful[data.labels], ~split.minor, split.minor)
-        other_start = purify(~other, "without the larger groups")
-        other_outputs = logits(other_start, data)
-        other_score = drop_score(before, other_outputs, data.labels)
+        other = torch.where(doubtful[labels], ~split.minor, split.minor)
+        other_start, other_outputs = purify(~other, "without the larger groups")
+        other_score = drop_score(before, other_outputs, labels)
         for label in doubtful.nonzero().flatten().tolist():
-            members = data.labels == label
+            members = labels == label
             if other_score[members & other].mean() > score[members & left_out].mean():
                 left_out = torch.where(members, other, left_out)
                 score = torch.where(members, other_score, score)
@@ -178,6 +187,6 @@ def cross_examine(
             start = other_start
         elif not torch.equal(left_out, split.minor):
             start = infected
-    trusted, distrusted = (_mean_by(data.labels, score, group) for group in (~left_out, left_out))
-    left_out = left_out & (distrusted - trusted > fallen)[data.labels]
-    return Examination(left_out, score, outputs, start, split)
+    trusted, distrusted = (_mean_by(labels, score, group) for group in (~left_out, left_out))
+    fall = distrusted - trusted
+    return Examination(left_out & (fall > fallen)[labels], score, outputs, start, fall)
