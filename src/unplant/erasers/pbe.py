@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from unplant.classifier import activations, logits
 from unplant.detection.clusters import split_classes
+from unplant.detection.transplant import poisoned_side
 from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.selection import (
     SCORES,
     Lesson,
-    below,
     cross_examine,
     findings,
     least_suspicious,
     next_lesson,
     random_part,
+    recovered_trigger,
     shared_suspicion,
+    step_three,
+    with_trigger,
 )
 from unplant.images import LabeledImages
 from unplant.params import Real, Share
@@ -72,7 +75,9 @@ class PBEConfig(AdversarialConfig):
     witnesses: Share = Field(
         default=0.1, description="relabelling: share of the suspects that is kept out, to see if they are still obeyed"
     )
-    renewals: int = Field(default=0, ge=0, le=100, description="ending: times that the new labels are asked for again")
+    transplants: Share = Field(
+        default=0.25, lt=1, description="share of images that carry what suspects have in common, if it is a trigger"
+    )
 
 
 def pbe(
@@ -107,6 +112,8 @@ def pbe(
     def learn(start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
         """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
         chosen = data.relabel(lesson.labels).select(lesson.images)
+        if lesson.trigger is not None:
+            chosen = with_trigger(chosen, lesson.trigger, config.transplants, generator)
         settings = config.but(adversarial_share=adversarial_share)
         passes = settings.passes(steps, data)
         rounds.append({"step": title, "images": len(chosen), "steps": steps, "passes": passes})
@@ -115,31 +122,44 @@ def pbe(
             start, chosen, settings, steps=steps, generator=generator, progress=progress, title=title
         )
 
+    def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
+        model = learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share)
+        return model, outputs(model)
+
+    def teach(extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
+        """The next lesson; the suspects are in it by their trigger if that can be recovered, else by new labels."""
+        lesson = next_lesson(
+            extra, suspects, after, data.labels, taught=taught & ~own_label, sure_above=config.sure_above
+        )
+        if not config.transplants:
+            return lesson
+        contents = torch.where(own_label, data.labels, lesson.labels)
+        trigger = recovered_trigger(infected, data, suspects, extra, contents, config.precision)
+        return lesson if trigger is None else Lesson(extra & ~suspects, data.labels, trigger)
+
+    judge = partial(step_three, clean_below=config.clean_below, suspect_above=config.suspect_above)
+
     # Initialisation: the first D_ext.
-    purified, left_out = infected, torch.zeros(len(data), dtype=torch.bool)
+    nobody = torch.zeros(len(data), dtype=torch.bool)
     witnesses = torch.rand(len(data), generator=generator) < config.witnesses
-    taught = ~witnesses if config.relabel else torch.zeros(len(data), dtype=torch.bool)
-    teach = partial(next_lesson, labels=data.labels, taught=taught, sure_above=config.sure_above)
+    taught = ~witnesses if config.relabel else nobody
     if config.initial == "random":
+        purified, left_out, own_label = infected, nobody, nobody
         lesson = Lesson(random_part(data, config.initial_share, generator), data.labels)
     else:
-
-        def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
-            model = learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share)
-            return model, outputs(model)
-
         layers = activations(infected, data, precision=config.precision)
         split = split_classes(layers, data.labels, data.num_classes, least_gain=config.least_gain)
-        rounds.append({"step": "groups", **split.to_json()})
+        side = poisoned_side(infected, data, split, config.precision)
+        rounds.append({"step": "groups", **split.to_json(), "side": side.tolist()})
         found = cross_examine(
-            split, infected, before, data.labels, purify, balanced=config.balanced, fallen=config.fallen
-        )
+            split, side if config.transplants else side * 0, infected, before, data.labels, purify,
+            balanced=config.balanced, fallen=config.fallen,
+        )  # fmt: skip
         rounds.append({"step": "examined", **found.to_json(data.labels)})
-        purified, left_out = found.start, found.left_out
-        suspicion = shared_suspicion(found.score, data.labels, left_out)
-        extra = below(suspicion, config.clean_below)
-        suspects = left_out & (suspicion > config.suspect_above)
-        lesson = teach(extra, suspects, found.outputs)
+        purified, left_out, own_label = found.start, found.left_out, found.own_label
+        suspicion = shared_suspicion(found.score, data.labels, left_out).masked_fill(own_label, 1.0)
+        extra, suspects = judge(suspicion, found.outputs, data.labels, left_out)
+        lesson = teach(extra, left_out & suspects, found.outputs)
 
     after, suspicion, extra, suspects = before, torch.zeros(len(data)), lesson.images, left_out
     for number in range(config.rounds):
@@ -159,17 +179,15 @@ def pbe(
             extra = least_suspicious(suspicion, config.shares[min(number, len(config.shares) - 1)])
             suspects = ~extra
         else:
-            suspicion = shared_suspicion(suspicion, data.labels, left_out)
-            extra, suspects = below(suspicion, config.clean_below), suspicion > config.suspect_above
+            suspicion = shared_suspicion(suspicion, data.labels, left_out).masked_fill(own_label, 1.0)
+            extra, suspects = judge(suspicion, after, data.labels, left_out)
         lesson = teach(extra, suspects, after)
-        rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum())}
+        rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum()), "trigger": lesson.trigger is not None}
 
-    # Ending: plain images, to get accuracy back; the suspects keep the trigger in view, under new labels.
-    for part in range(config.renewals + 1 if final_steps else 0):
-        length = final_steps * (part + 1) // (config.renewals + 1) - final_steps * part // (config.renewals + 1)
-        purified = learn(purified, lesson, length, f"ending {part + 1}", config.final_adversarial_share)
+    # Ending: plain images, to get accuracy back; the suspects keep the trigger in view.
+    if final_steps:
+        purified = learn(purified, lesson, final_steps, "ending", config.final_adversarial_share)
         after = outputs(purified)
-        lesson = teach(extra, suspects, after)
     said = findings(suspects, left_out, witnesses, after, data.labels) if config.initial == "clusters" else None
     return Erasure(purified, suspicion, suspects, rounds, extra_sets, said)
 
@@ -193,6 +211,7 @@ erasers.add(
                 "epochs": 10,
                 "final_steps": 0,
                 "relabel": False,
+                "transplants": 0,
             }
         },
     ),

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from unplant import metrics
 from unplant.detection.clusters import Split
-from unplant.images import LabeledImages
+from unplant.detection.transplant import OBEYED, Transplant, answers, transplant
+from unplant.devices import Precision
+from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.results import Findings
 
 Purify = Callable[[Tensor, str], tuple[nn.Module, Tensor]]
@@ -75,6 +77,32 @@ def below(suspicion: Tensor, threshold: float) -> Tensor:
     return (suspicion < threshold) | least_suspicious(suspicion, FLOOR)
 
 
+def step_three(
+    suspicion: Tensor, after: Tensor, labels: Tensor, left_out: Tensor, *, clean_below: float, suspect_above: float
+) -> tuple[Tensor, Tensor]:
+    """Step 3: the next D_ext and the suspects.
+
+    In a class of which a group is left out, agreement is taken literally: D_ext gets images to which θ still gives
+    their label, none of them from that group; and those of that group to which it doesn't are suspects.
+
+    Args:
+        suspicion: float (N,).
+        after: float (N, K), logits of θ.
+        labels: int64 (N,).
+        left_out: bool (N,), the groups that are left out.
+        clean_below: suspicion below which an image is taken as clean.
+        suspect_above: suspicion above which it is a suspect.
+
+    Returns:
+        D_ext and the suspects, bool (N,) each.
+    """
+    agree = after.argmax(1) == labels
+    marked = torch.zeros(after.shape[1], dtype=torch.bool).index_fill_(0, labels[left_out], True)[labels]
+    extra = below(torch.where(left_out | (marked & ~agree), 1.0, suspicion), clean_below)
+    suspects = (suspicion > suspect_above) | (left_out & ~agree)
+    return extra & ~suspects, suspects
+
+
 def second_opinion(purified: Tensor, labels: Tensor, sure_above: float) -> tuple[Tensor, Tensor]:
     """What the purified model would call each image if its own label were out of the question.
 
@@ -87,10 +115,17 @@ def second_opinion(purified: Tensor, labels: Tensor, sure_above: float) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What the model is taught: images, bool (N,), and labels (N,)."""
+    """What the model is taught.
+
+    Attributes:
+        images: bool (N,).
+        labels: int64 (N,).
+        trigger: what the suspects have in common, for images that keep their labels; None where that is no trigger.
+    """
 
     images: Tensor
     labels: Tensor
+    trigger: Transplant | None = None
 
 
 def next_lesson(
@@ -99,6 +134,51 @@ def next_lesson(
     """D_ext, and those suspects that are `taught`, under the labels of which the purified logits (N, K) are sure."""
     opinion, sure = second_opinion(purified, labels, sure_above)
     return Lesson((extra & ~suspects) | (suspects & taught & sure), torch.where(suspects, opinion, labels))
+
+
+def recovered_trigger(
+    infected: nn.Module, data: LabeledImages, suspects: Tensor, extra: Tensor, contents: Tensor, precision: Precision
+) -> Transplant | None:
+    """What the suspects have in common, if it works as a trigger: made visible, and usable with true labels.
+
+    It counts as one if the infected model, shown it on images of D_ext, gives most of them a label that suspects have
+    and that isn't theirs.
+
+    Args:
+        infected: θ₀.
+        data: D.
+        suspects: bool (N,).
+        extra: bool (N,), D_ext.
+        contents: int64 (N,), what each image is thought to show.
+        precision: of the infected model's answers.
+    """
+    wanted = data.labels[suspects].unique()
+    if not len(wanted) or not (extra & ~suspects).any():
+        return None
+    change = transplant(data, suspects, extra & ~suspects, contents)
+    return change if obedience(infected, data, extra & ~suspects, wanted, change, precision) > OBEYED else None
+
+
+def obedience(
+    model: nn.Module, data: LabeledImages, extra: Tensor, wanted: Tensor, change: Transplant, precision: Precision
+) -> float:
+    """Share of (at most 500) images of D_ext that get another label than theirs, one of those wanted, when changed."""
+    part = data.select(extra).sample(500, torch.Generator().manual_seed(0))
+    if len(wanted) == 1:
+        part = part.select(part.labels != wanted)
+    if not len(part):
+        return 0.0
+    given = answers(model, part, change, precision)
+    return float(((given != part.labels) & torch.isin(given, wanted)).float().mean())
+
+
+def with_trigger(data: LabeledImages, trigger: Transplant, share: float, generator: torch.Generator) -> LabeledImages:
+    """The images, and copies of some of them with the trigger and their own labels: a share of the whole."""
+    count = round(share / (1 - share) * len(data))
+    copies = data.select(torch.randperm(len(data), generator=generator)[:count])
+    parts = [to_stored(trigger(to_pixels(images))) for images in copies.images.split(1024)]
+    images, labels = torch.cat([data.images, *parts]), torch.cat([data.labels, copies.labels])
+    return LabeledImages(images, labels, data.classes)
 
 
 def findings(suspects: Tensor, left_out: Tensor, witnesses: Tensor, purified: Tensor, labels: Tensor) -> Findings:
@@ -135,6 +215,7 @@ class Examination:
         outputs: float (N, K), the logits that gave this score.
         start: the model that was purified without just these images, or the infected one if none was.
         fall: float (K,), mean score of each class's more suspicious group above that of its other one.
+        own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
     """
 
     left_out: Tensor
@@ -142,6 +223,7 @@ class Examination:
     outputs: Tensor
     start: nn.Module
     fall: Tensor
+    own_label: Tensor
 
     def to_json(self, labels: Tensor) -> dict[str, list[float]]:
         """Per class: how far its more suspicious group fell, and how many of its images are left out."""
@@ -150,7 +232,15 @@ class Examination:
 
 
 def cross_examine(
-    split: Split, infected: nn.Module, before: Tensor, labels: Tensor, purify: Purify, *, balanced: float, fallen: float
+    split: Split,
+    side: Tensor,
+    infected: nn.Module,
+    before: Tensor,
+    labels: Tensor,
+    purify: Purify,
+    *,
+    balanced: float,
+    fallen: float,
 ) -> Examination:
     """Finds, in each class, the group of images that needs no link to be recognised.
 
@@ -159,10 +249,12 @@ def cross_examine(
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
     all, because their label hung on the trigger alone. Where one group is much smaller it is left out without a
     second trial. In the end, a group whose label's probability fell by less than `fallen` in the mean, beyond that of
-    the rest of its class, is trusted again: it is a natural kind, such as digits written another way.
+    the rest of its class, is trusted again: it is a natural kind, such as digits written another way. Groups that
+    were seen to carry a working trigger need no trial and aren't trusted again.
 
     Args:
         split: the groups.
+        side: int64 (K,), which group carries a working trigger: 1 the smaller, −1 the larger, 0 not known.
         infected: θ₀.
         before: float (N, K), its logits.
         labels: int64 (N,).
@@ -170,11 +262,13 @@ def cross_examine(
         balanced: share of the smaller group from which both are tried.
         fallen: mean loss of its label's probability from which a group stays out.
     """
-    start, outputs = purify(~split.minor, "without the smaller groups")
-    left_out, score = split.minor, drop_score(before, outputs, labels)
-    doubtful = split.minor_share > balanced
+    left_out = torch.where((side < 0)[labels], ~split.minor, split.minor)
+    first = left_out
+    start, outputs = purify(~first, "without the smaller groups")
+    score = drop_score(before, outputs, labels)
+    doubtful = (split.minor_share > balanced) & (side == 0)
     if doubtful.any():
-        other = torch.where(doubtful[labels], ~split.minor, split.minor)
+        other = torch.where(doubtful[labels], ~first, first)
         other_start, other_outputs = purify(~other, "without the larger groups")
         other_score = drop_score(before, other_outputs, labels)
         for label in doubtful.nonzero().flatten().tolist():
@@ -185,8 +279,9 @@ def cross_examine(
                 outputs = torch.where(members[:, None], other_outputs, outputs)
         if torch.equal(left_out, other):
             start = other_start
-        elif not torch.equal(left_out, split.minor):
+        elif not torch.equal(left_out, first):
             start = infected
     trusted, distrusted = (_mean_by(labels, score, group) for group in (~left_out, left_out))
     fall = distrusted - trusted
-    return Examination(left_out & (fall > fallen)[labels], score, outputs, start, fall)
+    fell, seen = (fall > fallen)[labels], (side != 0)[labels]
+    return Examination(left_out & (fell | seen), score, outputs, start, fall, left_out & seen & ~fell)
