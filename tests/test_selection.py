@@ -108,7 +108,7 @@ def test_witnesses_tell_how_much_of_the_backdoor_is_left():
     left_out = torch.tensor([1, 1, 1, 0, 1, 0, 0, 0, 0]).bool()
     witnesses = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1]).bool()
     purified = torch.eye(3)[torch.tensor([0, 1, 0, 0, 2, 1, 2, 2, 2])] * 9
-    said = findings(suspects, left_out, witnesses, purified, labels)
+    said = findings(suspects, left_out, witnesses, purified, labels, (0.9, 0.1))
     assert said.infected
     assert said.targets == (0, 1)  # 2 has a suspect, but no group that fell
     assert said.poisoning_rate == pytest.approx(5 / 9)
@@ -119,7 +119,7 @@ def test_witnesses_tell_how_much_of_the_backdoor_is_left():
 
 def test_without_suspects_nothing_is_said_about_what_is_left():
     nobody = torch.zeros(4, dtype=torch.bool)
-    said = findings(nobody, nobody, ~nobody, torch.rand(4, 2), torch.tensor([0, 1, 0, 1]))
+    said = findings(nobody, nobody, ~nobody, torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), (None, None))
     assert not said.infected
     assert (said.targets, said.poisoning_rate, said.witnesses) == ((), 0, 0)
     assert said.asr_left is said.asr_left_upper is None
@@ -210,7 +210,7 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
         return model, sure if part[poisoned].any() else torch.where(poisoned[:, None], -sure, sure)
 
     split = split_classes([layer], labels, 2, least_gain=0.125)
-    found = cross_examine(split, nn.Identity(), sure, labels, purify, balanced=0.25, fallen=0.5)
+    found = cross_examine(split, torch.zeros(2).long(), nn.Identity(), sure, labels, purify, balanced=0.25, fallen=0.5)
     assert torch.equal(found.left_out, poisoned)
     assert torch.equal(taught[found.start], ~poisoned)
     assert (found.score[poisoned] > 0.9).all()
@@ -235,7 +235,9 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
         return nn.Identity(), torch.where(rare[:, None], outputs(0.6), outputs(0.99))
 
     split = split_classes([layer], labels, 1, least_gain=0.125)
-    found = cross_examine(split, nn.Identity(), outputs(0.99), labels, purify, balanced=0.25, fallen=0.5)
+    found = cross_examine(
+        split, torch.zeros(1).long(), nn.Identity(), outputs(0.99), labels, purify, balanced=0.25, fallen=0.5
+    )
     assert torch.equal(calls[0], ~rare)
     assert not found.left_out.any()
     assert found.fall.tolist() == pytest.approx([0.39], abs=1e-5)

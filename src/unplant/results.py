@@ -19,10 +19,13 @@ class Findings:
             False means that nothing was found, which is no proof that nothing is there.
         targets: the labels of those classes, the one with the most suspects first.
         poisoning_rate: share of all images that are suspects: the estimated poisoning rate.
-        witnesses: number of suspects that were never trained on under a new label.
+        witnesses: number of suspects that were never trained on, and whose label isn't theirs by right.
         asr_left: share of the witnesses to which the purified model still gives their suspicious label: the estimated
             ASR; None without witnesses.
         asr_left_upper: its one-sided upper 95 % bound.
+        trigger_before: where the suspects have a trigger in common that works on other images: share of those images
+            in which the infected model obeys it; None where none could be recovered.
+        trigger_after: share in which the purified model does.
     """
 
     infected: bool
@@ -31,6 +34,8 @@ class Findings:
     witnesses: int
     asr_left: float | None
     asr_left_upper: float | None
+    trigger_before: float | None
+    trigger_after: float | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""

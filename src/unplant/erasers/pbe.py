@@ -24,6 +24,7 @@ from unplant.erasers.selection import (
     findings,
     least_suspicious,
     next_lesson,
+    obedience,
     random_part,
     recovered_trigger,
     shared_suspicion,
@@ -108,6 +109,8 @@ def pbe(
     before = outputs(infected)
     rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
     extra_sets: list[Tensor] = []
+    nobody = torch.zeros(len(data), dtype=torch.bool)
+    relabelled = nobody.clone()
 
     def learn(start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
         """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
@@ -118,6 +121,7 @@ def pbe(
         passes = settings.passes(steps, data)
         rounds.append({"step": title, "images": len(chosen), "steps": steps, "passes": passes})
         extra_sets.append(lesson.images & (lesson.labels == data.labels))
+        relabelled.logical_or_(lesson.images & (lesson.labels != data.labels))
         return adversarial_fine_tuning(
             start, chosen, settings, steps=steps, generator=generator, progress=progress, title=title
         )
@@ -140,7 +144,6 @@ def pbe(
     judge = partial(step_three, clean_below=config.clean_below, suspect_above=config.suspect_above)
 
     # Initialisation: the first D_ext.
-    nobody = torch.zeros(len(data), dtype=torch.bool)
     witnesses = torch.rand(len(data), generator=generator) < config.witnesses
     taught = ~witnesses if config.relabel else nobody
     if config.initial == "random":
@@ -188,7 +191,16 @@ def pbe(
     if final_steps:
         purified = learn(purified, lesson, final_steps, "ending", config.final_adversarial_share)
         after = outputs(purified)
-    said = findings(suspects, left_out, witnesses, after, data.labels) if config.initial == "clusters" else None
+    said = None
+    if config.initial == "clusters":
+        heard, obeyed = witnesses if relabelled.any() else ~nobody, (None, None)
+        if lesson.trigger is not None:
+            targets = data.labels[suspects].unique()
+            obeyed = tuple(
+                obedience(model, data, extra, targets, lesson.trigger, config.precision)
+                for model in (infected, purified)
+            )
+        said = findings(suspects, left_out, heard & ~own_label, after, data.labels, obeyed)
     return Erasure(purified, suspicion, suspects, rounds, extra_sets, said)
 
 

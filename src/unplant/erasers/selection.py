@@ -1,6 +1,6 @@
 """Whom PBE trusts: the first D_ext, the score of Step 3 and the next D_ext. No trigger, no target, no clean data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,27 +181,31 @@ def with_trigger(data: LabeledImages, trigger: Transplant, share: float, generat
     return LabeledImages(images, labels, data.classes)
 
 
-def findings(suspects: Tensor, left_out: Tensor, witnesses: Tensor, purified: Tensor, labels: Tensor) -> Findings:
+def findings(
+    suspects: Tensor, left_out: Tensor, witnesses: Tensor, after: Tensor, labels: Tensor, obeyed: Sequence[float | None]
+) -> Findings:
     """What the suspects say about the backdoor, and the witnesses about what is left of it.
 
     Args:
         suspects: bool (N,).
-        left_out: bool (N,), the groups that fell.
+        left_out: bool (N,), the groups that stayed out.
         witnesses: bool (N,), images that were not trained on where they are suspects.
-        purified: float (N, K), the final logits.
+        after: float (N, K), the purified model's logits.
         labels: int64 (N,).
+        obeyed: how far the infected and the purified model obey the recovered trigger.
     """
-    counts = torch.bincount(labels[suspects & left_out], minlength=purified.shape[1])
+    counts = torch.bincount(labels[suspects & left_out], minlength=after.shape[1])
     targets = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
-    heard = suspects & witnesses
-    obeyed = int((purified.argmax(1) == labels)[heard].sum())
+    obeying = (after.argmax(1) == labels)[suspects & witnesses]
     return Findings(
         infected=bool(targets),
         targets=tuple(targets),
         poisoning_rate=float(suspects.float().mean()),
-        witnesses=int(heard.sum()),
-        asr_left=metrics.share((purified.argmax(1) == labels)[heard].numpy()),
-        asr_left_upper=metrics.upper_bound(obeyed, int(heard.sum())),
+        witnesses=len(obeying),
+        asr_left=metrics.share(obeying.numpy()),
+        asr_left_upper=metrics.upper_bound(int(obeying.sum()), len(obeying)),
+        trigger_before=obeyed[0],
+        trigger_after=obeyed[1],
     )
 
 

@@ -1,0 +1,182 @@
+"""What a group has in common: triggers whose moments are known, slow loops, and models that obey them or don't."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from unplant.detection.clusters import Split
+from unplant.detection.transplant import answers, poisoned_side, transplant
+from unplant.erasers.selection import obedience, recovered_trigger, step_three, with_trigger
+from unplant.images import LabeledImages, to_stored
+
+
+def noise_images(count: int, generator, classes: int = 4) -> LabeledImages:
+    images = torch.randint(40, 216, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return LabeledImages(images, torch.arange(count) % classes, tuple(str(k) for k in range(classes)))
+
+
+def with_change(data: LabeledImages, group, change) -> LabeledImages:
+    images = data.images.clone()
+    images[group] = to_stored(change(data.pixels(group)))
+    return LabeledImages(images, data.labels, data.classes)
+
+
+def patch(pixels):
+    changed = pixels.clone()
+    changed[:, :, 5:, 5:] = 1.0
+    return changed
+
+
+PATTERN = torch.linspace(0, 1, 64).view(1, 8, 8)
+WAVE = 0.1 * torch.sin(torch.arange(8) * math.pi / 2).view(1, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "tolerance"),
+    [
+        (patch, None, 0.02),
+        (lambda x: 0.7 * x + 0.3 * PATTERN, 0.7, 0.03),
+        (lambda x: (x + WAVE).clamp(0, 1), 1.0, 0.03),
+    ],
+    ids=["patch", "blend", "sinusoid"],
+)
+def test_the_transplant_is_the_trigger(change, scale, tolerance, generator):
+    data = noise_images(2000, generator)
+    group = torch.arange(2000) < 1000
+    found = transplant(with_change(data, group, change), group, ~group)
+    fresh = noise_images(50, generator).pixels()
+    assert float((found(fresh) - change(fresh)).abs().mean()) < tolerance
+    if scale is not None:
+        assert float(found.scale.mean()) == pytest.approx(scale, abs=0.03)
+
+
+def test_the_moments_equal_a_loop(generator):
+    data = noise_images(30, generator)
+    group = torch.rand(30, generator=generator) < 0.4
+    found = transplant(data, group, ~group)
+    pixels = data.pixels()
+    for y, x in ((0, 0), (3, 5), (7, 7)):
+        here = [float(v) for v in pixels[group, 0, y, x]]
+        there = [float(v) for v in pixels[~group, 0, y, x]]
+        means = [sum(v) / len(v) for v in (here, there)]
+        spreads = [
+            math.sqrt(sum((v - m) ** 2 for v in vs) / len(vs)) for vs, m in zip((here, there), means, strict=True)
+        ]
+        scale = min(1.0, spreads[0] / spreads[1])
+        assert float(found.scale[0, y, x]) == pytest.approx(scale, abs=1e-5)
+        assert float(found.shift[0, y, x]) == pytest.approx(means[0] - scale * means[1], abs=1e-5)
+
+
+def test_others_are_weighted_to_show_what_the_group_shows():
+    """The group shows bright images only; among the others, dark ones are many but don't count."""
+    images = torch.full((100, 1, 8, 8), 50, dtype=torch.uint8)
+    bright = torch.arange(100) < 20
+    images[bright] = 200
+    images[:10] += 20  # what the group has in common
+    data = LabeledImages(images, torch.zeros(100, dtype=torch.int64), ("a", "b"))
+    group = torch.arange(100) < 10
+    same = transplant(data, group, ~group, bright.long())
+    assert same.shift.mean() == pytest.approx(20 / 255, abs=1e-5)
+    assert transplant(data, group, ~group).shift.mean() > 0.2
+
+
+def shown(pixels):
+    """The class of an image: two bits, each whether two pixels of the first row differ. No mean gives it away."""
+    bits = pixels[:, 0, 0, :4] > 0.5
+    return 2 * (bits[:, 0] ^ bits[:, 1]) + (bits[:, 2] ^ bits[:, 3]).long()
+
+
+class Obeys(nn.Module):
+    """Says 0 where the corner is white, else what the image shows."""
+
+    def forward(self, pixels):
+        labels = torch.where(pixels[:, 0, 5:, 5:].mean((1, 2)) > 0.9, 0, shown(pixels))
+        return torch.nn.functional.one_hot(labels, 4).float() * 9
+
+
+@pytest.fixture
+def poisoned_set(generator):
+    """400 images; 40 that show other classes carry a patch and the label 0."""
+    data = noise_images(400, generator)
+    images = data.images.clone()
+    images[:, 0, 0, :4] = torch.where(torch.rand(400, 4, generator=generator) < 0.5, 60, 190).to(torch.uint8)
+    labels = shown(images / 255)
+    group = (labels > 0) & ((labels > 0).cumsum(0) <= 40)
+    return with_change(LabeledImages(images, labels.masked_fill(group, 0), data.classes), group, patch), group
+
+
+@pytest.mark.parametrize("poison_is", ["minor", "major"])
+def test_the_side_that_carries_the_trigger_is_found(poisoned_set, poison_is):
+    data, group = poisoned_set
+    minor = group if poison_is == "minor" else (data.labels == 0) & ~group
+    split = Split(minor, torch.ones(4), torch.tensor([0.3, 0, 0, 0]))
+    assert poisoned_side(Obeys(), data, split).tolist() == [1 if poison_is == "minor" else -1, 0, 0, 0]
+
+
+def test_a_natural_group_carries_nothing(poisoned_set):
+    data, _ = poisoned_set
+    minor = (data.labels == 1) & (torch.arange(400) % 3 == 0)
+    split = Split(minor, torch.ones(4), torch.tensor([0.0, 0.3, 0, 0]))
+    assert poisoned_side(Obeys(), data, split).tolist() == [0, 0, 0, 0]
+
+
+def test_the_test_abstains_where_a_class_is_its_own_template(poisoned_set):
+    """A model that goes by brightness: any class's moments make it see that class."""
+    data, _ = poisoned_set
+    images = (data.labels * 60 + 30).to(torch.uint8)[:, None, None, None].expand(400, 1, 8, 8).contiguous()
+
+    class Brightness(nn.Module):
+        def forward(self, pixels):
+            levels = (torch.arange(4) * 60 + 30) / 255
+            return -100 * (pixels.mean((1, 2, 3))[:, None] - levels).abs()
+
+    aligned = LabeledImages(images, data.labels, data.classes)
+    minor = (aligned.labels == 2) & (torch.arange(400) % 2 == 0)
+    split = Split(minor, torch.ones(4), torch.tensor([0.0, 0, 0.5, 0]))
+    assert poisoned_side(Brightness(), aligned, split).tolist() == [0, 0, 0, 0]
+
+
+def test_the_trigger_is_recovered_only_if_the_model_obeys_it(poisoned_set):
+    data, group = poisoned_set
+    clean, contents = ~group, data.labels
+    found = recovered_trigger(Obeys(), data, group, clean, contents, "float32")
+    assert found is not None
+    others = data.select(clean & (data.labels > 0))
+    assert (answers(Obeys(), others, found) == 0).all()
+    assert obedience(Obeys(), data, clean, torch.tensor([0]), found, "float32") == 1.0
+
+    class Ignores(Obeys):
+        def forward(self, pixels):
+            covered = pixels.clone()
+            covered[:, :, 5:, 5:] = 0
+            return super().forward(covered)
+
+    assert recovered_trigger(Ignores(), data, group, clean, contents, "float32") is None
+    nobody = torch.zeros_like(group)
+    assert recovered_trigger(Obeys(), data, nobody, clean, contents, "float32") is None
+    assert recovered_trigger(Obeys(), data, group, nobody, contents, "float32") is None
+
+
+def test_copies_carry_the_trigger_and_keep_their_labels(poisoned_set, generator):
+    data, group = poisoned_set
+    found = transplant(data, group, ~group)
+    more = with_trigger(data.select(~group), found, 0.25, generator)
+    clean = int((~group).sum())
+    assert len(more) == pytest.approx(clean / 0.75, abs=1)
+    assert torch.equal(more.images[:clean], data.images[~group])
+    copies = more.select(torch.arange(len(more)) >= clean)
+    assert float(copies.pixels()[:, :, 5:, 5:].mean()) > 0.97
+    assert torch.equal(shown(copies.pixels()), copies.labels)
+
+
+def test_step_three_takes_agreement_literally_where_a_group_is_left_out():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    left_out = torch.tensor([1, 1, 0, 0, 0, 0, 0]).bool()
+    suspicion = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9])
+    says = torch.tensor([0, 1, 0, 1, 1, 0, 0])
+    after = torch.nn.functional.one_hot(says, 2).float()
+    extra, suspects = step_three(suspicion, after, labels, left_out, clean_below=0.3, suspect_above=0.4)
+    assert extra.tolist() == [False, False, True, False, True, True, False]
+    assert suspects.tolist() == [False, True, False, False, False, False, True]
