@@ -151,6 +151,7 @@ def save_erasure(
     result = {
         **about,
         "suspects": len(ranked) if erasure.suspicion is not None else None,
+        "findings": erasure.findings.to_json() if erasure.findings else None,
         "images": len(data),
         "fingerprint": data.fingerprint(),
         "rounds": erasure.rounds,

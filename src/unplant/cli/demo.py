@@ -5,7 +5,7 @@ from pathlib import Path
 from unplant import pictures
 from unplant.cli.common import set_threads
 from unplant.cli.evaluate import scores_table
-from unplant.cli.output import emit, percent, progress_bar, say, show
+from unplant.cli.output import emit, percent, progress_bar, say, show, verdict
 from unplant.demo import ERASING, run_demo, triggered_picture
 from unplant.files import OutputFolder, write_atomically
 from unplant.runs import ModelCard, save_erasure
@@ -34,6 +34,9 @@ def run(*, attack: str, seed: int, out: Path, force: bool, json: bool, threads: 
         return
     show(scores_table({"infected": demo.before, "purified": demo.after}))
     found = demo.suspects
+    if demo.erasure.findings is not None:
+        for line in verdict(demo.erasure.findings, data.classes):
+            say(line)
     say(
         f"Suspects: {found['flagged']} of {len(data)} training images flagged, "
         f"precision {percent(found['precision'])}, recall {percent(found['recall'])}, AUROC {found['auroc'] or 0:.3f}"

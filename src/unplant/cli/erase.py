@@ -8,7 +8,7 @@ import torch
 from unplant.classifier import check_knows
 from unplant.cli.common import parse_numbers, read, read_attack, set_threads
 from unplant.cli.evaluate import scores_table
-from unplant.cli.output import emit, progress_bar, say, show
+from unplant.cli.output import emit, progress_bar, say, show, verdict
 from unplant.devices import pick_device, pick_precision
 from unplant.erasers import erasers
 from unplant.errors import UsageError
@@ -71,6 +71,9 @@ def run(
         return
     if before and after:
         show(scores_table({"infected": before, "purified": after}))
+    if erasure.findings is not None:
+        for line in verdict(erasure.findings, card.classes):
+            say(line)
     if erasure.suspects is not None:
         say(f"{result['suspects']} of {len(data)} training images look poisoned: {out / 'suspects.csv'}")
     say(f"Purified model: {out / 'model.safetensors'}")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from unplant.results import Findings
 from unplant.results import Progress as Callback
 
 console = Console(stderr=True, highlight=False)
@@ -59,3 +60,29 @@ def progress_bar() -> Iterator[Callback]:
 def percent(value: float | None) -> str:
     """A fraction for people."""
     return "unknown" if value is None else f"{100 * value:.1f} %"
+
+
+def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
+    """What a run found out about the backdoor, in sentences."""
+    if not found.infected:
+        return [
+            "Verdict: no backdoor found. No class holds a group of images that hang on their label by a trigger; "
+            "an attack made to leave no such group would look the same."
+        ]
+    names = [classes[label] for label in found.targets]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    lines = [
+        f"Verdict: infected. Target {'label' if len(names) == 1 else 'labels'}: {', '.join(names[:10])}{more}; "
+        f"estimated poisoning rate {percent(found.poisoning_rate)}."
+    ]
+    if found.trigger_before is not None:
+        lines.append(
+            "A trigger recovered from the suspects changes the infected model's mind on "
+            f"{percent(found.trigger_before)} of other images, the purified model's on {percent(found.trigger_after)}."
+        )
+    if found.witnesses:
+        lines.append(
+            f"Of {found.witnesses} suspects that were never trained on, the purified model still gives "
+            f"{percent(found.asr_left)} their suspicious label (at most {percent(found.asr_left_upper)})."
+        )
+    return lines
