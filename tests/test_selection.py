@@ -17,6 +17,7 @@ from unplant.erasers.selection import (
     least_suspicious,
     next_lesson,
     random_part,
+    retrial,
     second_opinion,
     shared_suspicion,
 )
@@ -115,6 +116,16 @@ def test_witnesses_tell_how_much_of_the_backdoor_is_left():
     assert said.witnesses == 3  # images 0, 1 and 4
     assert said.asr_left == pytest.approx(1 / 3)  # image 0 is still called 0
     assert 1 / 3 < said.asr_left_upper < 1
+
+
+def test_a_class_is_cleared_if_its_suspects_get_their_label_all_the_same():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    suspects = torch.tensor([1, 1, 1, 1, 1, 1, 0]).bool()
+    heard = torch.tensor([1, 1, 1, 1, 1, 0, 1]).bool()
+    after = torch.eye(2)[torch.tensor([0, 0, 1, 1, 0, 1, 1])]
+    cleared = retrial(suspects, heard, after, labels)  # 0: two of three; 1: one of two, the third wasn't heard
+    assert cleared.tolist() == [False, False, False, True, True, True, False]
+    assert torch.equal(retrial(suspects, ~suspects, after, labels), suspects)  # nobody heard, nobody cleared
 
 
 def test_without_suspects_nothing_is_said_about_what_is_left():

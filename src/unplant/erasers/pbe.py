@@ -27,6 +27,7 @@ from unplant.erasers.selection import (
     obedience,
     random_part,
     recovered_trigger,
+    retrial,
     shared_suspicion,
     step_three,
     with_trigger,
@@ -193,14 +194,15 @@ def pbe(
         after = outputs(purified)
     said = None
     if config.initial == "clusters":
-        heard, obeyed = witnesses if relabelled.any() else ~nobody, (None, None)
+        heard, obeyed = (witnesses if relabelled.any() else ~nobody) & ~own_label, (None, None)
+        suspects = retrial(suspects, heard, after, data.labels)
         if lesson.trigger is not None:
             targets = data.labels[suspects].unique()
             obeyed = tuple(
                 obedience(model, data, extra, targets, lesson.trigger, config.precision)
                 for model in (infected, purified)
             )
-        said = findings(suspects, left_out, heard & ~own_label, after, data.labels, obeyed)
+        said = findings(suspects, left_out, heard, after, data.labels, obeyed)
     return Erasure(purified, suspicion, suspects, rounds, extra_sets, said)
 
 

@@ -181,6 +181,16 @@ def with_trigger(data: LabeledImages, trigger: Transplant, share: float, generat
     return LabeledImages(images, labels, data.classes)
 
 
+def retrial(suspects: Tensor, heard: Tensor, after: Tensor, labels: Tensor) -> Tensor:
+    """Suspects, bool (N,), without those of classes that are cleared in the end.
+
+    A class is cleared if the purified model gives most of the suspects that are `heard` (never taught) their label
+    all the same: it has learnt from the others of the class to recognise them, and no trigger is left to do it.
+    """
+    agree = _mean_by(labels, (after.argmax(1) == labels).float(), suspects & heard)
+    return suspects & (agree <= 0.5)[labels]
+
+
 def findings(
     suspects: Tensor, left_out: Tensor, witnesses: Tensor, after: Tensor, labels: Tensor, obeyed: Sequence[float | None]
 ) -> Findings:
