@@ -51,7 +51,7 @@ class PBEConfig(AdversarialConfig):
     )
     balanced: Share = Field(default=0.25, description="clusters: share of the smaller group from which both are tried")
     fallen: Share = Field(
-        default=0.5, description="clusters: mean loss of its label's probability from which a group stays out"
+        default=0.5, description="clusters: share of its label's probability that a group must lose to stay out"
     )
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"

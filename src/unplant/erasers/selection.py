@@ -228,7 +228,8 @@ class Examination:
         score: float (N,), loss of its label's probability when its group was left out, or others were.
         outputs: float (N, K), the logits that gave this score.
         start: the model that was purified without just these images, or the infected one if none was.
-        fall: float (K,), mean score of each class's more suspicious group above that of its other one.
+        fall: float (K,), share of its label's probability that each class's more suspicious group lost, beyond its
+            other one.
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
     """
 
@@ -262,8 +263,8 @@ def cross_examine(
     adversarial fine-tuning tells: purify without the one, then without the other. Clean images that were left out
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
     all, because their label hung on the trigger alone. Where one group is much smaller it is left out without a
-    second trial. In the end, a group whose label's probability fell by less than `fallen` in the mean, beyond that of
-    the rest of its class, is trusted again: it is a natural kind, such as digits written another way. Groups that
+    second trial. In the end, a group that lost less than a share `fallen` of its label's probability, beyond what the
+    rest of its class lost, is trusted again: it is a natural kind, such as digits written another way. Groups that
     were seen to carry a working trigger need no trial and aren't trusted again.
 
     Args:
@@ -274,9 +275,15 @@ def cross_examine(
         labels: int64 (N,).
         purify: Steps 1 and 2 from θ₀.
         balanced: share of the smaller group from which both are tried.
-        fallen: mean loss of its label's probability from which a group stays out.
+        fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
     """
     left_out = torch.where((side < 0)[labels], ~split.minor, split.minor)
+    had = before.softmax(1).gather(1, labels[:, None]).flatten()
+
+    def lost(score: Tensor, group: Tensor) -> Tensor:
+        """Share of its label's probability that the group of each class has lost, (K,)."""
+        return _mean_by(labels, score, group) / _mean_by(labels, had, group).clamp(min=1e-6)
+
     first = left_out
     start, outputs = purify(~first, "without the smaller groups")
     score = drop_score(before, outputs, labels)
@@ -285,17 +292,14 @@ def cross_examine(
         other = torch.where(doubtful[labels], ~first, first)
         other_start, other_outputs = purify(~other, "without the larger groups")
         other_score = drop_score(before, other_outputs, labels)
-        for label in doubtful.nonzero().flatten().tolist():
-            members = labels == label
-            if other_score[members & other].mean() > score[members & left_out].mean():
-                left_out = torch.where(members, other, left_out)
-                score = torch.where(members, other_score, score)
-                outputs = torch.where(members[:, None], other_outputs, outputs)
+        turned = (doubtful & (lost(other_score, other) > lost(score, first)))[labels]
+        left_out = torch.where(turned, other, first)
+        score = torch.where(turned, other_score, score)
+        outputs = torch.where(turned[:, None], other_outputs, outputs)
         if torch.equal(left_out, other):
             start = other_start
         elif not torch.equal(left_out, first):
             start = infected
-    trusted, distrusted = (_mean_by(labels, score, group) for group in (~left_out, left_out))
-    fall = distrusted - trusted
+    fall = lost(score, left_out) - lost(score, ~left_out)
     fell, seen = (fall > fallen)[labels], (side != 0)[labels]
     return Examination(left_out & (fell | seen), score, outputs, start, fall, left_out & seen & ~fell)
