@@ -14,7 +14,15 @@ from unplant.errors import DataError, NumericalError, UsageError
 from unplant.images import LabeledImages
 from unplant.models import build
 
-QUICK = {"steps": 2, "clean_steps": 2, "final_steps": 2, "rounds": 1, "pgd_steps": 1, "batch_size": 16}
+QUICK = {
+    "initial": "random",
+    "steps": 2,
+    "clean_steps": 2,
+    "final_steps": 2,
+    "rounds": 1,
+    "pgd_steps": 1,
+    "batch_size": 16,
+}
 
 
 def quick(method: Method):
@@ -23,6 +31,18 @@ def quick(method: Method):
     if method.config.model_fields.get("epochs") and "steps" not in settings:
         settings["epochs"] = 0.1
     return method.configure(**settings)
+
+
+def test_pbe_leaves_a_model_as_it_was_if_it_finds_nothing():
+    """Noise has no groups: the weights come back bit for bit, in a module of their own, and nobody is suspected."""
+    data = noise(count=200)
+    model = network(data)
+    config = erasers["pbe"].configure(steps=2, final_steps=2, batch_size=16)
+    erasure = erasers["pbe"].run(model, data, config, generator=torch.Generator().manual_seed(0))
+    assert erasure.model is not model
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in erasure.model.state_dict().items())
+    assert not erasure.suspects.any()
+    assert not erasure.findings.infected
 
 
 def noise(count=48, classes=4, channels=1, height=16, width=16, seed=0) -> LabeledImages:

@@ -5,6 +5,7 @@ Step 3 (`score`, `shares`), the use of the suspects (`relabel`) and the ending (
 The preset `released` does what the released code does, without its faults.
 """
 
+import copy
 from functools import partial
 from typing import Any, Literal
 
@@ -100,7 +101,8 @@ def pbe(
         progress: told what is done.
 
     Returns:
-        The purified model θ, and per image how suspicious it is: the loss of its label's probability from θ₀ to θ.
+        The purified model θ, and per image how suspicious it is: the loss of its label's probability from θ₀ to θ. If
+        no class holds a group that hangs on its label, θ is θ₀ as it was.
     """
     config = settle_ball(config, infected, data)
     epoch = steps_of(1, data, config.batch_size)
@@ -162,6 +164,9 @@ def pbe(
         rounds.append({"step": "examined", **found.to_json(data.labels)})
         purified, left_out, own_label = found.start, found.left_out, found.own_label
         suspicion = shared_suspicion(found.score, data.labels, left_out).masked_fill(own_label, 1.0)
+        if not left_out.any():  # nothing found: a clean model stays as it was
+            said = findings(nobody, nobody, nobody, before, data.labels, (None, None))
+            return Erasure(copy.deepcopy(infected), suspicion, nobody, rounds, extra_sets, said)
         extra, suspects = judge(suspicion, found.outputs, data.labels, left_out)
         lesson = teach(extra, left_out & suspects, found.outputs)
 
