@@ -69,7 +69,7 @@ class PBEConfig(AdversarialConfig):
         default=None, gt=0, description="epochs a round on D_ext: the first adversarial, the others for `steps` only"
     )
     final_steps: int | None = Field(
-        default=None, ge=0, description="steps of the ending; none: one and a half epochs of the data, at least 150"
+        default=None, ge=0, description="steps of the ending; none: three epochs of the data, at least 150"
     )
     final_adversarial_share: Share = Field(default=0.0, description="ending: share of each batch made adversarial")
     relabel: bool = Field(
@@ -107,7 +107,7 @@ def pbe(
     config = settle_ball(config, infected, data)
     epoch = steps_of(1, data, config.batch_size)
     steps = max(50, epoch // 2) if config.steps is None else config.steps
-    final_steps = max(150, epoch * 3 // 2) if config.final_steps is None else config.final_steps
+    final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
     outputs = partial(logits, data=data, precision=config.precision)
     before = outputs(infected)
     rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
