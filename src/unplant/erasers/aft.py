@@ -1,17 +1,24 @@
-"""AFT: adversarial fine-tuning on clean data (Mu et al., CVPR 2023, arXiv:2202.06312, section 4.1): Steps 1 and 2."""
+"""AFT: adversarial fine-tuning on clean data (Mu et al., CVPR 2023, arXiv:2202.06312, section 4.1): Steps 1 and 2.
+
+What goes beyond the paper has a switch each: the kind of stand-in (`stand_ins`), the infected model's opinion beside
+the labels (`belief`), no plain part at the end (`clean_steps`); docs/method.md says why.
+"""
 
 import copy
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.adversarial import pgd
 from unplant.classifier import device_of, frozen
+from unplant.devices import autocast
 from unplant.erasers.base import EraserConfig, Method, erasers, settle
 from unplant.errors import UsageError
-from unplant.images import LabeledImages
+from unplant.images import LabeledImages, forever
+from unplant.inversion import Patches, Shared, Shifts, choose_targets
 from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import Change, Schedule, fit, steps_of
@@ -42,11 +49,38 @@ AdversarialType = TypeVar("AdversarialType", bound=AdversarialConfig)
 class AFTConfig(AdversarialConfig):
     """AFT on a small clean set. Deviations from the released code are in docs/method.md."""
 
+    lr: Real = Field(default=0.02, gt=0, description="learning rate at the start of each part")
     schedule: Schedule = Field(default="cosine", description="learning rate within each part")
-    steps: int = Field(default=200, ge=1, description="adversarial steps")
-    clean_steps: int = Field(default=100, ge=0, description="plain steps afterwards, to get accuracy back")
+    stand_ins: Literal["pgd", "patch", "universal", "mixed"] = Field(
+        default="mixed",
+        description="pgd: one perturbation an image; patch, universal: one a class, sparse or in an L∞ ball; "
+        "mixed: patch and universal, half each",
+    )
+    adversarial_share: Share = Field(default=0.4, description="share of each batch that carries a stand-in")
+    patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
+    universal_eps: Pixel = Field(default=10 / 255, gt=0, description="universal: radius of the L∞ ball")
+    warm_up: int = Field(default=30, ge=0, description="patch, universal: steps on the infected model before Step 2")
+    inversion_steps: int = Field(default=2, ge=1, le=100, description="patch, universal: steps a batch")
+    inversion_step_size: Share = Field(default=0.1, gt=0, description="patch, universal: share of the range a step")
+    focus: Real = Field(
+        default=2, ge=0, le=10, description="patch, universal: how strongly classes are favoured that give in; 0: evenly"
+    )
+    belief: Share = Field(
+        default=0.5, description="share of the infected model's probabilities for the plain image in each target"
+    )
+    steps: int = Field(default=100, ge=1, description="adversarial steps")
+    clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")
     epochs: Real | None = Field(default=None, gt=0, description="instead of `steps`: adversarial epochs")
     clean_epochs: Real | None = Field(default=None, gt=0, description="instead of `clean_steps`: plain epochs")
+
+    def passes(self, steps: int, data: LabeledImages) -> float:
+        """See `AdversarialConfig.passes`; a forward pass of the infected model alone counts as a third."""
+        each = 4 / 3 if self.belief > 0 else 1.0
+        each += self.adversarial_share * (self.pgd_steps if self.stand_ins == "pgd" else self.inversion_steps)
+        images = steps * self.batch_size * each
+        if self.stand_ins != "pgd" and self.adversarial_share > 0:
+            images += self.warm_up * self.batch_size * (2 if self.stand_ins == "mixed" else 1)
+        return round(images / len(data), 2)
 
 
 def fitting_eps(infected: nn.Module, data: LabeledImages, config: AdversarialConfig) -> float:
@@ -104,6 +138,59 @@ def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
     return change
 
 
+def shared_stand_ins(
+    infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
+) -> Change:
+    """Step 1 with perturbations that many images share, as they share a trigger: one a class of each kind.
+
+    They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as
+    it is now. No target is named: classes that give in easily get more of them (`choose_targets`).
+    """
+    kinds: list[Shared] = []
+    if config.stand_ins in ("patch", "mixed"):
+        kinds.append(Patches.new(data.num_classes, data.shape, config.patch_area, generator))
+    if config.stand_ins in ("universal", "mixed"):
+        kinds.append(Shifts.new(data.num_classes, data.shape, config.universal_eps, generator))
+
+    def improved(shared: Shared, model: nn.Module, pixels: Tensor, labels: Tensor, steps: int) -> Tensor:
+        targets = choose_targets(shared.rates, labels, config.focus, generator)
+        shared.improve(model, pixels, targets, steps=steps, step_size=config.inversion_step_size)
+        return shared.apply(pixels, targets)
+
+    device, batches = device_of(infected), forever(data, config.batch_size, generator)
+    with autocast(device, config.precision):
+        for _ in range(config.warm_up):
+            indices = next(batches)
+            for shared in kinds:
+                improved(shared, infected, data.pixels(indices).to(device), data.labels[indices].to(device), 1)
+
+    def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        count, moved = round(config.adversarial_share * len(pixels)), []
+        ends = [round(count * place / len(kinds)) for place in range(len(kinds) + 1)]
+        for shared, start, end in zip(kinds, ends, ends[1:], strict=False):
+            if end > start:
+                moved.append(improved(shared, model, pixels[start:end], labels[start:end], config.inversion_steps))
+        return torch.cat([*moved, pixels[count:]]), labels
+
+    return change
+
+
+def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Change:
+    """Targets that are partly what the infected model says of the plain image: it knows the classes' likenesses.
+
+    Distillation (Hinton et al., 2015, arXiv:1503.02531) from the model itself: few clean images say little about what
+    it has learnt from many. Plain images carry no trigger, so its answer to them doesn't either.
+    """
+
+    def both(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with frozen(infected), torch.no_grad():
+            said = infected(pixels).float().softmax(1)
+        moved, _ = (pixels, labels) if change is None else change(model, pixels, labels)
+        return moved, belief * said + (1 - belief) * F.one_hot(labels, said.shape[1])
+
+    return both
+
+
 def adversarial_fine_tuning(
     infected: nn.Module,
     data: LabeledImages,
@@ -150,14 +237,23 @@ def aft(
         steps = steps_of(config.epochs, data, config.batch_size)
     if config.clean_epochs is not None:
         clean_steps = steps_of(config.clean_epochs, data, config.batch_size)
-    purified, rounds = infected, [{"step": "ball", "eps": config.eps}]
+    purified, rounds = copy.deepcopy(infected), [{"step": "ball", "eps": config.eps}]
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
-        if count:
-            part = config.but(adversarial_share=share)
-            purified = adversarial_fine_tuning(
-                purified, data, part, steps=count, generator=generator, progress=progress, title=title
+        if not count:
+            continue
+        change = None
+        if share > 0:
+            pgd_alone = config.stand_ins == "pgd"
+            change = (
+                stand_ins(config, generator) if pgd_alone else shared_stand_ins(infected, data, config, generator)
             )
-            rounds.append({"step": title, "images": len(data), "steps": count, "passes": part.passes(count, data)})
+        if config.belief > 0:
+            change = with_belief(infected, change, config.belief)
+        fit(
+            purified, data, steps=count, config=config, generator=generator, change=change, progress=progress, title=title
+        )
+        passes = config.but(adversarial_share=share).passes(count, data)
+        rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
     return Erasure(purified, rounds=rounds)
 
 
@@ -170,5 +266,5 @@ RELEASED = {
 
 erasers.add(
     "aft",
-    Method("aft", "clean", AFTConfig, aft, presets={"released": {**RELEASED, "epochs": 3, "clean_epochs": 17}}),
+    Method("aft", "clean", AFTConfig, aft, presets={"released": {**RELEASED, "stand_ins": "pgd", "belief": 0, "epochs": 3, "clean_epochs": 17}}),
 )

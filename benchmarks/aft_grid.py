@@ -1,0 +1,98 @@
+"""Runs one configuration of an eraser with clean data over cells of attacks: one JSON line a cell, then the table.
+
+    python benchmarks/aft_grid.py cells.txt --data cifar10.zip/train --test cifar10.zip/test \
+        --arch preact_resnet18:width=16 --set epochs=8 --clean-images 2500 --out aft.jsonl
+
+With --model the cells' attacks are measured on that checkpoint instead, for instance somebody else's. Cells: see
+benchmarks/cells.py; the pass rule: see benchmarks/testbed.py. The clean images are taken from --data at random, with
+their true labels.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import parser, run_missing, setting
+from testbed import line_of, table
+
+from unplant.cache import plant_cached, train_cached
+from unplant.erasers import erasers
+from unplant.evaluation import evaluate, suspect_quality
+from unplant.params import parse_settings
+from unplant.poisoning import Attack
+from unplant.runs import environment, open_classifier
+
+
+def main() -> None:
+    """Erases what is missing and prints a Markdown table with mean and worst."""
+    options = parser(__doc__)
+    options.add_argument("--method", default="aft")
+    options.add_argument("--preset", default="default")
+    options.add_argument("--eraser", action="append", default=[], help="setting=value of the eraser")
+    options.add_argument("--label", default="", help="a name for this configuration of the eraser")
+    options.add_argument("--clean-images", type=int, default=2500)
+    options.add_argument("--defence-seed", type=int, default=0, help="of the clean images and of the eraser")
+    options.add_argument("--test-images", type=int, help="for quick looks: measure on so many test images at random")
+    options.add_argument("--model", type=Path, help="a checkpoint, instead of planting")
+    args = options.parse_args()
+    here = setting(args)
+    clean = here.data.sample(args.clean_images, torch.Generator().manual_seed(args.defence_seed))
+    test = here.test.sample(args.test_images, torch.Generator().manual_seed(0)) if args.test_images else here.test
+    method = erasers[args.method]
+    config = method.configure(args.preset, **parse_settings(args.eraser))
+    label = args.label or f"{args.method}/{args.preset}"
+
+    def measure(name: str, attack: Attack | None) -> dict[str, Any]:
+        same = {"seed": here.seed, "folder": here.cache}
+        if args.model:
+            (model, _), known = open_classifier(args.model, here.data, arch=here.arch), attack
+        elif attack is None:
+            (model, _), known = train_cached(here.data, here.arch, here.training, **same), None
+        else:
+            planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
+            model, known = planted.model, planted.attack
+        start = time.monotonic()
+        erasure = method.run(model, clean, config, generator=torch.Generator().manual_seed(args.defence_seed))
+        seconds = round(time.monotonic() - start)
+        row = {
+            "cell": name,
+            "label": label,
+            **here.to_json(),
+            "clean_images": len(clean),
+            "defence_seed": args.defence_seed,
+            "test_images": len(test),
+            "attack": known.to_json(weights=False) if known else None,
+            "eraser": {"method": args.method, **config.model_dump(mode="json")},
+            "before": measured_before(args.out, name, len(test)) or evaluate(model, test, known).to_json(),
+            "after": evaluate(erasure.model, test, known).to_json(),
+            "suspects": suspect_quality(erasure, torch.zeros(len(clean), dtype=torch.bool)),
+            "rounds": erasure.rounds,
+            "passes": sum(step.get("passes", 0) for step in erasure.rounds),
+            "seconds": seconds,
+            "environment": environment(),
+        }
+        if args.model:
+            row["training"] = None
+        print(line_of(row), flush=True)
+        return row
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[part] for part in ("cell", "label", "clean_images", "defence_seed", "test_images"))
+
+    rows = run_missing(
+        args, key, lambda name: (name, label, len(clean), args.defence_seed, len(test)), measure
+    )
+    print("\n".join(table([row for row in rows if key(row)[1:3] == (label, len(clean))])))
+
+
+def measured_before(file: Path, cell: str, test_images: int) -> dict[str, Any] | None:
+    """The scores of the cell's infected model, if an earlier line has them on as many test images."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return next((r["before"] for r in rows if (r["cell"], r["test_images"]) == (cell, test_images)), None)
+
+
+if __name__ == "__main__":
+    main()
