@@ -143,8 +143,8 @@ def within_area(masks: Tensor, area: float) -> Tensor:
 
     One constant is taken off all entries of a mask that is too large, before they are clipped; bisection finds it.
 
-    >>> within_area(torch.tensor([[[[3.0, 0.5], [0.5, -1.0]]]]), 0.25).tolist()
-    [[[[1.0, 0.0], [0.0, 0.0]]]]
+    >>> within_area(torch.tensor([[[[3.0, 0.5], [0.75, -1.0]]]]), 0.375).round(decimals=4).tolist()
+    [[[[1.0, 0.125], [0.375, 0.0]]]]
     """
     high = masks.amax((1, 2, 3), keepdim=True).clamp(min=0)
     high = torch.where(_mean(masks) <= area, torch.zeros_like(high), high)

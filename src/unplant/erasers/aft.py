@@ -56,9 +56,9 @@ class AFTConfig(AdversarialConfig):
         description="pgd: one perturbation an image; patch, universal: one a class, sparse or in an L∞ ball; "
         "mixed: patch and universal, half each",
     )
-    adversarial_share: Share = Field(default=0.4, description="share of each batch that carries a stand-in")
+    adversarial_share: Share = Field(default=0.3, description="share of each batch that carries a stand-in")
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
-    universal_eps: Pixel = Field(default=10 / 255, gt=0, description="universal: radius of the L∞ ball")
+    universal_eps: Pixel = Field(default=8 / 255, gt=0, description="universal: radius of the L∞ ball")
     warm_up: int = Field(default=30, ge=0, description="patch, universal: steps on the infected model before Step 2")
     inversion_steps: int = Field(default=2, ge=1, le=100, description="patch, universal: steps a batch")
     inversion_step_size: Share = Field(default=0.1, gt=0, description="patch, universal: share of the range a step")
@@ -66,9 +66,9 @@ class AFTConfig(AdversarialConfig):
         default=2, ge=0, le=10, description="patch, universal: how strongly classes are favoured that give in; 0: evenly"
     )
     belief: Share = Field(
-        default=0.5, description="share of the infected model's probabilities for the plain image in each target"
+        default=0.7, description="share of the infected model's probabilities for the plain image in each target"
     )
-    steps: int = Field(default=100, ge=1, description="adversarial steps")
+    steps: int = Field(default=150, ge=1, description="adversarial steps")
     clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")
     epochs: Real | None = Field(default=None, gt=0, description="instead of `steps`: adversarial epochs")
     clean_epochs: Real | None = Field(default=None, gt=0, description="instead of `clean_steps`: plain epochs")

@@ -1,0 +1,180 @@
+"""Shared perturbations: ranges, closed forms on linear models, and that the model is left as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from unplant.erasers.aft import AFTConfig, shared_stand_ins, with_belief
+from unplant.errors import UsageError
+from unplant.images import LabeledImages
+from unplant.inversion import Patches, Shifts, choose_targets, within_area
+
+CLASSES, SHAPE = 3, (2, 6, 5)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Linear(nn.Module):
+    """Logits ⟨w_k, x⟩, small so that the softmax isn't saturated."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = nn.Parameter(weights)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, pixels):
+        return self.dropout(pixels.flatten(1)) @ self.weights.flatten(1).T
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(30, *SHAPE, generator=generator(2))
+
+
+@pytest.fixture
+def spot():
+    """A model of which class 1 hangs on one spot of 2×2 pixels: bright there in channel 0, dark in channel 1."""
+    weights = torch.zeros(CLASSES, *SHAPE)
+    weights[1, 0, 2:4, 1:3], weights[1, 1, 2:4, 1:3] = 0.2, -0.2
+    return Linear(weights)
+
+
+KINDS = [
+    lambda: Patches.new(CLASSES, SHAPE, 0.2, generator()),
+    lambda: Shifts.new(CLASSES, SHAPE, 0.1, generator()),
+]
+
+
+@pytest.mark.parametrize("new", KINDS, ids=["patches", "shifts"])
+class TestShared:
+    def test_stays_in_range_and_leaves_the_inputs_alone(self, new, pixels, spot):
+        shared, targets, before = new(), torch.arange(30) % CLASSES, pixels.clone()
+        for _ in range(5):
+            shared.improve(spot, pixels, targets, steps=3, step_size=0.4)
+            moved = shared.apply(pixels, targets)
+            assert moved.shape == pixels.shape
+            assert 0 <= moved.min() <= moved.max() <= 1
+            assert torch.equal(pixels, before)
+            assert ((shared.rates >= 0) & (shared.rates <= 1)).all()
+            if isinstance(shared, Patches):
+                assert shared.masks.mean((1, 2, 3)).max() <= 0.2 + 1e-6
+                assert 0 <= shared.masks.min() <= shared.masks.max() <= 1
+                assert 0 <= shared.patterns.min() <= shared.patterns.max() <= 1
+            else:
+                assert (moved - pixels).abs().max() <= 0.1 + 1e-6
+
+    def test_same_generator_gives_the_same_perturbations(self, new, pixels, spot):
+        first, again = new(), new()
+        for shared in (first, again):
+            shared.improve(spot, pixels, torch.ones(30, dtype=torch.int64), steps=3, step_size=0.2)
+        targets = torch.ones(30, dtype=torch.int64)
+        assert torch.equal(first.apply(pixels, targets), again.apply(pixels, targets))
+
+    def test_leaves_the_model_and_the_random_state_as_they_were(self, new, pixels, spot):
+        model = nn.Sequential(spot, nn.BatchNorm1d(CLASSES)).train()
+        model[1].eval()
+        weights, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+        new().improve(model, pixels, torch.ones(30, dtype=torch.int64), steps=2, step_size=0.2)
+        assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == [True, True, True, False]
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    def test_improves_only_the_classes_asked_for(self, new, pixels, spot):
+        shared, before = new(), new()
+        shared.improve(spot, pixels, torch.ones(30, dtype=torch.int64), steps=3, step_size=0.2)
+        for k, same in enumerate((True, False, True)):
+            targets = torch.full((30,), k)
+            assert torch.allclose(shared.apply(pixels, targets), before.apply(pixels, targets), atol=1e-6) == same
+            assert (shared.rates[k] == 1) == same or k == 1
+
+    def test_finds_what_a_class_hangs_on(self, new, pixels, spot):
+        shared, targets = new(), torch.ones(30, dtype=torch.int64)
+        shared.improve(spot, pixels, targets, steps=60, step_size=0.2)
+        moved = shared.apply(pixels, targets)
+        # The best that the spot allows: fully bright and dark, or as far as the ball goes.
+        reach = 1.0 if isinstance(shared, Patches) else 0.1
+        best = pixels.clone()
+        best[:, 0, 2:4, 1:3] = (pixels[:, 0, 2:4, 1:3] + reach).clamp(0, 1)
+        best[:, 1, 2:4, 1:3] = (pixels[:, 1, 2:4, 1:3] - reach).clamp(0, 1)
+        gained, possible = (spot.eval()(x)[:, 1] - spot(pixels)[:, 1] for x in (moved, best))
+        assert gained.mean() >= 0.95 * possible.mean()
+
+
+def test_shifts_have_the_closed_form_of_a_linear_model(pixels):
+    weights = torch.randn(2, *SHAPE, generator=generator(1)) * 0.02
+    shifts = Shifts.new(2, SHAPE, 0.1, generator())
+    shifts.improve(Linear(weights), pixels, torch.ones(30, dtype=torch.int64), steps=10, step_size=0.2)
+    assert torch.allclose(shifts.shifts[1], 0.1 * (weights[1] - weights[0]).sign(), atol=1e-7)
+
+
+class TestWithinArea:
+    def test_what_fits_is_only_clipped(self):
+        masks = torch.tensor([[[[0.5, -0.2], [0.0, 0.1]]]])
+        assert torch.equal(within_area(masks, 0.5), masks.clamp(0, 1))
+
+    def test_is_the_nearest_point(self):
+        masks = torch.randn(4, 1, 6, 5, generator=generator(3))
+        found = within_area(masks, 0.1)
+        assert found.mean((1, 2, 3)).max() <= 0.1 + 1e-6
+        for seed in range(200):  # no other allowed point is nearer
+            other = torch.rand(4, 1, 6, 5, generator=generator(seed))
+            other = other * (0.1 / other.mean((1, 2, 3), keepdim=True)).clamp(max=1)
+            for toward in (0.01, 1.0):
+                point = found + toward * (other - found)
+                assert ((point - masks).square().sum((1, 2, 3)) >= (found - masks).square().sum((1, 2, 3)) - 1e-5).all()
+
+
+class TestChooseTargets:
+    def test_never_the_own_class(self):
+        labels = torch.arange(300) % CLASSES
+        targets = choose_targets(torch.tensor([1.0, 0.0, 0.0]), labels, 2.0, generator())
+        assert (targets != labels).all()
+        assert ((0 <= targets) & (targets < CLASSES)).all()
+
+    def test_prefers_what_works_and_still_tries_the_rest(self):
+        labels = torch.full((2000,), 2)
+        focused, even = (
+            choose_targets(torch.tensor([0.5, 0.2, 0.0]), labels, focus, generator()) for focus in (2.0, 0.0)
+        )
+        # (0.53 / 0.23)² = 5.3 times as often; three standard errors.
+        assert float((focused == 0).float().mean()) == pytest.approx(5.31 / 6.31, abs=0.025)
+        assert float((even == 0).float().mean()) == pytest.approx(0.5, abs=0.034)
+
+
+@pytest.mark.parametrize("kind", ["patch", "universal", "mixed"])
+def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
+    images = torch.randint(0, 256, (40, *SHAPE), generator=generator(), dtype=torch.uint8)
+    data = LabeledImages(images, torch.arange(40) % CLASSES, ("a", "b", "c"))
+    config = AFTConfig(stand_ins=kind, warm_up=2, batch_size=20, adversarial_share=0.5, patch_area=0.2)
+    change = shared_stand_ins(spot, data, config, generator())
+    pixels, labels = data.pixels(slice(0, 20)), data.labels[:20]
+    moved, same = change(spot, pixels, labels)
+    assert torch.equal(same, labels)
+    changed = (moved != pixels).flatten(1).any(1)
+    assert changed[:10].all()
+    assert not changed[10:].any()
+
+
+def test_belief_mixes_labels_with_the_models_word_on_plain_images(spot, pixels):
+    labels = torch.arange(30) % CLASSES
+    change = with_belief(spot, lambda model, x, y: (x * 0, y), 0.25)
+    moved, targets = change(spot, pixels, labels)
+    assert not moved.any()
+    said = spot.eval()(pixels).softmax(1)
+    expected = 0.25 * said + 0.75 * torch.eye(CLASSES)[labels]
+    assert torch.allclose(targets, expected, atol=1e-6)
+
+
+def test_wrong_sizes_are_usage_errors():
+    with pytest.raises(UsageError, match="area"):
+        Patches.new(3, SHAPE, 0.0, generator())
+    with pytest.raises(UsageError, match="eps"):
+        Shifts.new(3, SHAPE, 8.0, generator())
+    for wrong in ({"stand_ins": "patches"}, {"patch_area": 0}, {"universal_eps": 10}, {"belief": 2}, {"focus": -1}):
+        with pytest.raises(UsageError):
+            AFTConfig(**wrong)
