@@ -48,6 +48,7 @@ def main() -> None:
         same = {"seed": here.seed, "folder": here.cache}
         if args.model:
             (model, _), known = open_classifier(args.model, here.data, arch=here.arch), attack
+            model.to(memory_format=torch.channels_last)
         elif attack is None:
             (model, _), known = train_cached(here.data, here.arch, here.training, **same), None
         else:
@@ -81,9 +82,7 @@ def main() -> None:
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[part] for part in ("cell", "label", "clean_images", "defence_seed", "test_images"))
 
-    rows = run_missing(
-        args, key, lambda name: (name, label, len(clean), args.defence_seed, len(test)), measure
-    )
+    rows = run_missing(args, key, lambda name: (name, label, len(clean), args.defence_seed, len(test)), measure)
     print("\n".join(table([row for row in rows if key(row)[1:3] == (label, len(clean))])))
 
 

@@ -134,7 +134,7 @@ class TestChooseTargets:
         labels = torch.arange(300) % CLASSES
         targets = choose_targets(torch.tensor([1.0, 0.0, 0.0]), labels, 2.0, generator())
         assert (targets != labels).all()
-        assert ((0 <= targets) & (targets < CLASSES)).all()
+        assert ((targets >= 0) & (targets < CLASSES)).all()
 
     def test_prefers_what_works_and_still_tries_the_rest(self):
         labels = torch.full((2000,), 2)

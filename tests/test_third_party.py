@@ -30,3 +30,22 @@ def test_its_published_backdoor_is_measured_as_its_notes_say(capsys):
     # ACC 78.1 %, ASR 98.2 % on all 10,000 images; three standard errors of 2,000.
     assert scores["acc"] == pytest.approx(0.781, abs=0.028)
     assert scores["asr"] == pytest.approx(0.982, abs=0.010)
+
+
+def test_aft_erases_it_with_2500_clean_images(tmp_path):
+    arguments = [
+        "erase", MODEL, "--arch", f"{ROOT / 'examples' / 'ibau_net.py'}:network",
+        "--clean", SHARED / "cifar10.zip" / "train", "--max-images", 2500,
+        "--test", SHARED / "cifar10.zip" / "test", "--attack", "badnets:preset=ibau", "--target", 8,
+        "--precision", "bfloat16", "-o", tmp_path / "erased",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main([str(part) for part in arguments])
+    assert stop.value.code == 0
+    report = json.loads((tmp_path / "erased" / "result.json").read_text(encoding="utf-8"))
+    before, after = report["before"], report["after"]
+    # The pass rule; another machine's rounding gives another run of the same kind.
+    assert before["asr"] > 0.97
+    assert after["asr_upper"] <= 0.05
+    assert after["acc"] >= before["acc"] - 0.02
+    assert after["ra"] >= 0.9 * after["acc"]

@@ -5,7 +5,7 @@ the labels (`belief`), no plain part at the end (`clean_steps`); docs/method.md 
 """
 
 import copy
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,10 @@ class AFTConfig(AdversarialConfig):
     inversion_steps: int = Field(default=2, ge=1, le=100, description="patch, universal: steps a batch")
     inversion_step_size: Share = Field(default=0.1, gt=0, description="patch, universal: share of the range a step")
     focus: Real = Field(
-        default=2, ge=0, le=10, description="patch, universal: how strongly classes are favoured that give in; 0: evenly"
+        default=2,
+        ge=0,
+        le=10,
+        description="patch, universal: how strongly classes are favoured that give in; 0: evenly",
     )
     belief: Share = Field(
         default=0.7, description="share of the infected model's probabilities for the plain image in each target"
@@ -138,9 +141,7 @@ def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
     return change
 
 
-def shared_stand_ins(
-    infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
-) -> Change:
+def shared_stand_ins(infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator) -> Change:
     """Step 1 with perturbations that many images share, as they share a trigger: one a class of each kind.
 
     They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as
@@ -231,26 +232,32 @@ def aft(
     Returns:
         The purified model; AFT doesn't judge images.
     """
-    config = settle_ball(config, infected, data)
+    config = settle_ball(config, infected, data) if config.stand_ins == "pgd" else settle(config, infected, data)
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:
         steps = steps_of(config.epochs, data, config.batch_size)
     if config.clean_epochs is not None:
         clean_steps = steps_of(config.clean_epochs, data, config.batch_size)
-    purified, rounds = copy.deepcopy(infected), [{"step": "ball", "eps": config.eps}]
+    purified = copy.deepcopy(infected)
+    rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, "eps": config.eps}]
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
             continue
         change = None
         if share > 0:
             pgd_alone = config.stand_ins == "pgd"
-            change = (
-                stand_ins(config, generator) if pgd_alone else shared_stand_ins(infected, data, config, generator)
-            )
+            change = stand_ins(config, generator) if pgd_alone else shared_stand_ins(infected, data, config, generator)
         if config.belief > 0:
             change = with_belief(infected, change, config.belief)
         fit(
-            purified, data, steps=count, config=config, generator=generator, change=change, progress=progress, title=title
+            purified,
+            data,
+            steps=count,
+            config=config,
+            generator=generator,
+            change=change,
+            progress=progress,
+            title=title,
         )
         passes = config.but(adversarial_share=share).passes(count, data)
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
@@ -266,5 +273,11 @@ RELEASED = {
 
 erasers.add(
     "aft",
-    Method("aft", "clean", AFTConfig, aft, presets={"released": {**RELEASED, "stand_ins": "pgd", "belief": 0, "epochs": 3, "clean_epochs": 17}}),
+    Method(
+        "aft",
+        "clean",
+        AFTConfig,
+        aft,
+        presets={"released": {**RELEASED, "stand_ins": "pgd", "belief": 0, "epochs": 3, "clean_epochs": 17}},
+    ),
 )
