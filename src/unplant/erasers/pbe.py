@@ -6,7 +6,6 @@ The preset `released` does what the released code does, without its faults.
 """
 
 import copy
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tu
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.selection import (
     SCORES,
+    Examination,
     Lesson,
     cross_examine,
     findings,
@@ -104,111 +104,179 @@ def pbe(
         The purified model θ, and per image how suspicious it is: the loss of its label's probability from θ₀ to θ. If
         no class holds a group that hangs on its label, θ is θ₀ as it was.
     """
-    config = settle_ball(config, infected, data)
-    epoch = steps_of(1, data, config.batch_size)
-    steps = max(50, epoch // 2) if config.steps is None else config.steps
-    final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
-    outputs = partial(logits, data=data, precision=config.precision)
-    before = outputs(infected)
-    rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
-    extra_sets: list[Tensor] = []
-    nobody = torch.zeros(len(data), dtype=torch.bool)
-    relabelled = nobody.clone()
-
-    def learn(start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
-        """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
-        chosen = data.relabel(lesson.labels).select(lesson.images)
-        if lesson.trigger is not None:
-            chosen = with_trigger(chosen, lesson.trigger, config.transplants, generator)
-        settings = config.but(adversarial_share=adversarial_share)
-        passes = settings.passes(steps, data)
-        rounds.append({"step": title, "images": len(chosen), "steps": steps, "passes": passes})
-        extra_sets.append(lesson.images & (lesson.labels == data.labels))
-        relabelled.logical_or_(lesson.images & (lesson.labels != data.labels))
-        return adversarial_fine_tuning(
-            start, chosen, settings, steps=steps, generator=generator, progress=progress, title=title
-        )
-
-    def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
-        model = learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share)
-        return model, outputs(model)
-
-    def teach(extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
-        """The next lesson; the suspects are in it by their trigger if that can be recovered, else by new labels."""
-        lesson = next_lesson(
-            extra, suspects, after, data.labels, taught=taught & ~own_label, sure_above=config.sure_above
-        )
-        if not config.transplants:
-            return lesson
-        contents = torch.where(own_label, data.labels, lesson.labels)
-        trigger = recovered_trigger(infected, data, suspects, extra, contents, config.precision)
-        return lesson if trigger is None else Lesson(extra & ~suspects, data.labels, trigger)
-
-    judge = partial(step_three, clean_below=config.clean_below, suspect_above=config.suspect_above)
+    run = Run(infected, data, settle_ball(config, infected, data), generator, progress)
+    config = run.config
 
     # Initialisation: the first D_ext.
-    witnesses = torch.rand(len(data), generator=generator) < config.witnesses
-    taught = ~witnesses if config.relabel else nobody
     if config.initial == "random":
-        purified, left_out, own_label = infected, nobody, nobody
+        purified = infected
         lesson = Lesson(random_part(data, config.initial_share, generator), data.labels)
     else:
-        layers = activations(infected, data, precision=config.precision)
-        split = split_classes(layers, data.labels, data.num_classes, least_gain=config.least_gain)
-        side = poisoned_side(infected, data, split, config.precision)
-        rounds.append({"step": "groups", **split.to_json(), "side": side.tolist()})
-        found = cross_examine(
-            split, side if config.transplants else side * 0, infected, before, data.labels, purify,
-            balanced=config.balanced, fallen=config.fallen,
-        )  # fmt: skip
-        rounds.append({"step": "examined", **found.to_json(data.labels)})
-        purified, left_out, own_label = found.start, found.left_out, found.own_label
-        suspicion = shared_suspicion(found.score, data.labels, left_out).masked_fill(own_label, 1.0)
-        if not left_out.any():  # nothing found: a clean model stays as it was
-            said = findings(nobody, nobody, nobody, before, data.labels, (None, None))
-            return Erasure(copy.deepcopy(infected), suspicion, nobody, rounds, extra_sets, said)
-        extra, suspects = judge(suspicion, found.outputs, data.labels, left_out)
-        lesson = teach(extra, left_out & suspects, found.outputs)
+        found = run.examine()
+        run.left_out, run.own_label = found.left_out, found.own_label
+        suspicion = run.shared(found.score)
+        if not found.left_out.any():  # a clean model stays as it was
+            return run.erasure(copy.deepcopy(infected), suspicion, run.nobody, run.before)
+        extra, suspects = run.agreement(suspicion, found.outputs)
+        purified, lesson = found.start, run.lesson(extra, found.left_out & suspects, found.outputs)
 
-    after, suspicion, extra, suspects = before, torch.zeros(len(data)), lesson.images, left_out
+    after, suspicion, suspects = run.before, torch.zeros(len(data)), run.left_out
     for number in range(config.rounds):
-        adversarial, plain = steps, 0
-        if config.epochs is not None:
-            total = steps_of(config.epochs, data.select(lesson.images), config.batch_size)
-            adversarial = total if number == 0 else min(steps, total)
-            plain = total - adversarial
-        # Steps 1 and 2.
-        purified = learn(purified, lesson, adversarial, f"round {number + 1}", config.adversarial_share)
+        # Steps 1 and 2: fine-tuning on adversarial examples of D_ext.
+        adversarial, plain = run.steps_of_round(number, lesson)
+        purified = run.learn(purified, lesson, adversarial, f"round {number + 1}", config.adversarial_share)
         if plain:
-            purified = learn(purified, lesson, plain, f"round {number + 1}, plain", 0.0)
+            purified = run.learn(purified, lesson, plain, f"round {number + 1}, plain", 0.0)
         # Step 3: images on which θ₀ and θ agree are the next D_ext.
-        after = outputs(purified)
-        suspicion = SCORES[config.score](before, after, data.labels)
+        after = run.outputs(purified)
+        suspicion = SCORES[config.score](run.before, after, data.labels)
         if config.shares:
             extra = least_suspicious(suspicion, config.shares[min(number, len(config.shares) - 1)])
             suspects = ~extra
         else:
-            suspicion = shared_suspicion(suspicion, data.labels, left_out).masked_fill(own_label, 1.0)
-            extra, suspects = judge(suspicion, after, data.labels, left_out)
-        lesson = teach(extra, suspects, after)
-        rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum()), "trigger": lesson.trigger is not None}
+            suspicion = run.shared(suspicion)
+            extra, suspects = run.agreement(suspicion, after)
+        lesson = run.lesson(extra, suspects, after)
+        run.rounds[-1] |= {"next": int(extra.sum()), "suspects": int(suspects.sum())}
 
-    # Ending: plain images, to get accuracy back; the suspects keep the trigger in view.
-    if final_steps:
-        purified = learn(purified, lesson, final_steps, "ending", config.final_adversarial_share)
-        after = outputs(purified)
-    said = None
-    if config.initial == "clusters":
-        heard, obeyed = (witnesses if relabelled.any() else ~nobody) & ~own_label, (None, None)
-        suspects = retrial(suspects, heard, after, data.labels)
+    # Ending: plain images, to get accuracy back; the trigger stays in view, by a copy of it or by relabelled suspects.
+    if run.final_steps:
+        purified = run.learn(purified, lesson, run.final_steps, "ending", config.final_adversarial_share)
+        after = run.outputs(purified)
+    return run.erasure(purified, suspicion, suspects, after, lesson)
+
+
+class Run:
+    """What one run of PBE holds fast, and what it writes down.
+
+    Attributes:
+        config: settings, nothing left open.
+        steps: adversarial steps a round.
+        final_steps: steps of the ending.
+        before: float (N, K), logits of θ₀.
+        nobody: bool (N,), all false.
+        left_out: bool (N,), groups that hang on their label.
+        own_label: bool (N,), those of them whose label is theirs by right.
+        witnesses: bool (N,), images that are never taught under new labels.
+        relabelled: bool (N,), images that were.
+        rounds: see `Erasure`.
+        extra_sets: see `Erasure`.
+    """
+
+    def __init__(
+        self,
+        infected: nn.Module,
+        data: LabeledImages,
+        config: PBEConfig,
+        generator: torch.Generator,
+        progress: Progress | None,
+    ) -> None:
+        self.infected, self.data, self.config = infected, data, config
+        self.generator, self.progress = generator, progress
+        epoch = steps_of(1, data, config.batch_size)
+        self.steps = max(50, epoch // 2) if config.steps is None else config.steps
+        self.final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
+        self.before = self.outputs(infected)
+        self.nobody = torch.zeros(len(data), dtype=torch.bool)
+        self.left_out = self.own_label = self.nobody
+        self.witnesses = torch.rand(len(data), generator=generator) < config.witnesses
+        self.relabelled = self.nobody
+        self.rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
+        self.extra_sets: list[Tensor] = []
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """Its logits (N, K) on D."""
+        return logits(model, self.data, precision=self.config.precision)
+
+    def learn(self, start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
+        """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
+        chosen = self.data.relabel(lesson.labels).select(lesson.images)
         if lesson.trigger is not None:
-            targets = data.labels[suspects].unique()
-            obeyed = tuple(
-                obedience(model, data, extra, targets, lesson.trigger, config.precision)
-                for model in (infected, purified)
-            )
-        said = findings(suspects, left_out, heard, after, data.labels, obeyed)
-    return Erasure(purified, suspicion, suspects, rounds, extra_sets, said)
+            chosen = with_trigger(chosen, lesson.trigger, self.config.transplants, self.generator)
+        settings = self.config.but(adversarial_share=adversarial_share)
+        own = lesson.labels == self.data.labels
+        self.extra_sets.append(lesson.images & own)
+        self.relabelled = self.relabelled | (lesson.images & ~own)
+        self.rounds.append(
+            {
+                "step": title,
+                "images": len(chosen),
+                "steps": steps,
+                "passes": settings.passes(steps, self.data),
+                "trigger": lesson.trigger is not None,
+            }
+        )
+        return adversarial_fine_tuning(
+            start, chosen, settings, steps=steps, generator=self.generator, progress=self.progress, title=title
+        )
+
+    def steps_of_round(self, number: int, lesson: Lesson) -> tuple[int, int]:
+        """Adversarial and plain steps: with `epochs`, a round goes on plainly after its adversarial steps."""
+        if self.config.epochs is None:
+            return self.steps, 0
+        total = steps_of(self.config.epochs, self.data.select(lesson.images), self.config.batch_size)
+        adversarial = total if number == 0 else min(self.steps, total)
+        return adversarial, total - adversarial
+
+    def examine(self) -> Examination:
+        """Groups in the features of θ₀, and what becomes of them when θ₀ is purified without them."""
+        infected, data, config = self.infected, self.data, self.config
+
+        def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
+            model = self.learn(infected, Lesson(part, data.labels), self.steps, why, config.adversarial_share)
+            return model, self.outputs(model)
+
+        layers = activations(infected, data, precision=config.precision)
+        split = split_classes(layers, data.labels, data.num_classes, least_gain=config.least_gain)
+        side = torch.zeros(data.num_classes, dtype=torch.int64)
+        if config.transplants:
+            side = poisoned_side(infected, data, split, config.precision)
+        self.rounds.append({"step": "groups", **split.to_json(), "side": side.tolist()})
+        found = cross_examine(
+            split, side, infected, self.before, data.labels, purify, balanced=config.balanced, fallen=config.fallen
+        )
+        self.rounds.append({"step": "examined", **found.to_json(data.labels)})
+        return found
+
+    def shared(self, score: Tensor) -> Tensor:
+        """Suspicion (N,), shared within groups; a group that carries a trigger is suspect whatever it lost."""
+        return shared_suspicion(score, self.data.labels, self.left_out).masked_fill(self.own_label, 1.0)
+
+    def agreement(self, suspicion: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """D_ext and suspects, see `step_three`."""
+        limits = {"clean_below": self.config.clean_below, "suspect_above": self.config.suspect_above}
+        return step_three(suspicion, after, self.data.labels, self.left_out, **limits)
+
+    def lesson(self, extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
+        """D_ext; the suspects are in it by their trigger if that can be recovered, else under new labels."""
+        data, config = self.data, self.config
+        taught = ~self.witnesses & ~self.own_label if config.relabel else self.nobody
+        lesson = next_lesson(extra, suspects, after, data.labels, taught=taught, sure_above=config.sure_above)
+        if not config.transplants:
+            return lesson
+        contents = torch.where(self.own_label, data.labels, lesson.labels)
+        trigger = recovered_trigger(self.infected, data, suspects, extra, contents, config.precision)
+        return lesson if trigger is None else Lesson(extra & ~suspects, data.labels, trigger)
+
+    def erasure(
+        self, purified: nn.Module, suspicion: Tensor, suspects: Tensor, after: Tensor, lesson: Lesson | None = None
+    ) -> Erasure:
+        """The result; the suspects have their retrial, and the witnesses are heard."""
+        if self.config.initial == "random":
+            return Erasure(purified, suspicion, suspects, self.rounds, self.extra_sets)
+        data, heard = self.data, ~self.own_label
+        if self.relabelled.any():
+            heard = heard & self.witnesses
+        suspects = retrial(suspects, heard, after, data.labels)
+        obeyed: list[float | None] = [None, None]
+        if lesson is not None and lesson.trigger is not None:
+            targets, trigger = data.labels[suspects].unique(), lesson.trigger
+            obeyed = [
+                obedience(model, data, lesson.images, targets, trigger, self.config.precision)
+                for model in (self.infected, purified)
+            ]
+        said = findings(suspects, self.left_out, heard, after, data.labels, obeyed)
+        return Erasure(purified, suspicion, suspects, self.rounds, self.extra_sets, said)
 
 
 erasers.add(
