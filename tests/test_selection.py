@@ -8,16 +8,14 @@ from torch import nn
 
 from unplant.detection.clusters import split_classes
 from unplant.erasers.aft import AFTConfig, fitting_eps
+from unplant.erasers.examination import cross_examine, findings, retrial
 from unplant.erasers.selection import (
     below,
     cosine_score,
-    cross_examine,
     drop_score,
-    findings,
     least_suspicious,
     next_lesson,
     random_part,
-    retrial,
     second_opinion,
     shared_suspicion,
 )
@@ -228,6 +226,28 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
     assert (found.score[~poisoned] == 0).all()
 
 
+def test_a_group_with_a_working_trigger_needs_no_trial_and_is_not_trusted_again(generator):
+    """Clean-label poison: recognised by its content when left out, yet it stays out, under its own label."""
+    poisoned = torch.arange(200) < 50
+    labels = torch.tensor([0] * 100 + [1] * 100)
+    layer = torch.randn(200, 12, generator=generator)
+    layer[poisoned, :4] += 6
+    sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
+    calls = []
+
+    def purify(part, why):
+        calls.append(part)
+        return nn.Identity(), sure
+
+    split = split_classes([layer], labels, 2, least_gain=0.125)
+    side = torch.tensor([1 if torch.equal(split.minor, poisoned) else -1, 0])
+    found = cross_examine(split, side, nn.Identity(), sure, labels, purify, balanced=0.25, fallen=0.5)
+    assert len(calls) == 1
+    assert torch.equal(calls[0], ~poisoned)
+    assert torch.equal(found.left_out, poisoned)
+    assert torch.equal(found.own_label, poisoned)
+
+
 def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
     """A rare way to write a digit: two groups in the features, but left out it keeps most of its label."""
     rare = torch.zeros(100, dtype=torch.bool)
@@ -245,11 +265,11 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
         calls.append(part)
         return nn.Identity(), torch.where(rare[:, None], outputs(0.6), outputs(0.99))
 
-    split = split_classes([layer], labels, 1, least_gain=0.125)
+    split = split_classes([layer], labels, 2, least_gain=0.125)  # no image has the last label
     found = cross_examine(
-        split, torch.zeros(1).long(), nn.Identity(), outputs(0.99), labels, purify, balanced=0.25, fallen=0.5
+        split, torch.zeros(2).long(), nn.Identity(), outputs(0.99), labels, purify, balanced=0.25, fallen=0.5
     )
     assert torch.equal(calls[0], ~rare)
     assert not found.left_out.any()
-    assert found.fall.tolist() == pytest.approx([0.39 / 0.99], abs=1e-5)
+    assert found.fall.tolist() == pytest.approx([0.39 / 0.99, 0.0], abs=1e-5)
     assert float(found.score[rare].mean()) == pytest.approx(0.39, abs=1e-5)

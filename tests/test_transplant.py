@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 from unplant.detection.clusters import Split
-from unplant.detection.transplant import answers, poisoned_side, transplant
-from unplant.erasers.selection import obedience, recovered_trigger, step_three, with_trigger
+from unplant.detection.transplant import (
+    answers,
+    obedience,
+    poisoned_side,
+    recovered_trigger,
+    transplant,
+    with_trigger,
+)
+from unplant.erasers.selection import step_three
 from unplant.images import LabeledImages, to_stored
 
 

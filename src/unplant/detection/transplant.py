@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from unplant.classifier import logits
 from unplant.detection.clusters import Split
 from unplant.devices import Precision
-from unplant.images import LabeledImages, to_stored
+from unplant.images import LabeledImages, to_pixels, to_stored
 
 LEAST_SPREAD = 1 / 255
 """Pixels that vary less among the trusted images are left as they are."""
@@ -122,3 +122,48 @@ def poisoned_side(model: nn.Module, data: LabeledImages, split: Split, precision
         minor, major = (obeyed(members & group, label) > OBEYED for group in (split.minor, ~split.minor))
         side[label] = int(minor) - int(major)
     return side
+
+
+def recovered_trigger(
+    infected: nn.Module, data: LabeledImages, suspects: Tensor, extra: Tensor, contents: Tensor, precision: Precision
+) -> Transplant | None:
+    """What the suspects have in common, if it works as a trigger: made visible, and usable with true labels.
+
+    It counts as one if the infected model, shown it on images of D_ext, gives most of them a label that suspects have
+    and that isn't theirs.
+
+    Args:
+        infected: θ₀.
+        data: D.
+        suspects: bool (N,).
+        extra: bool (N,), D_ext.
+        contents: int64 (N,), what each image is thought to show.
+        precision: of the infected model's answers.
+    """
+    wanted = data.labels[suspects].unique()
+    if not len(wanted) or not (extra & ~suspects).any():
+        return None
+    change = transplant(data, suspects, extra & ~suspects, contents)
+    return change if obedience(infected, data, extra & ~suspects, wanted, change, precision) > OBEYED else None
+
+
+def obedience(
+    model: nn.Module, data: LabeledImages, extra: Tensor, wanted: Tensor, change: Transplant, precision: Precision
+) -> float:
+    """Share of (at most 500) images of D_ext that get another label than theirs, one of those wanted, when changed."""
+    part = data.select(extra).sample(500, torch.Generator().manual_seed(0))
+    if len(wanted) == 1:
+        part = part.select(part.labels != wanted)
+    if not len(part):
+        return 0.0
+    given = answers(model, part, change, precision)
+    return float(((given != part.labels) & torch.isin(given, wanted)).float().mean())
+
+
+def with_trigger(data: LabeledImages, trigger: Transplant, share: float, generator: torch.Generator) -> LabeledImages:
+    """The images, and copies of some of them with the trigger and their own labels: a share of the whole."""
+    count = round(share / (1 - share) * len(data))
+    copies = data.select(torch.randperm(len(data), generator=generator)[:count])
+    parts = [to_stored(trigger(to_pixels(images))) for images in copies.images.split(1024)]
+    images, labels = torch.cat([data.images, *parts]), torch.cat([data.labels, copies.labels])
+    return LabeledImages(images, labels, data.classes)

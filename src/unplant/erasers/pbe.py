@@ -14,24 +14,18 @@ from torch import Tensor, nn
 
 from unplant.classifier import activations, logits
 from unplant.detection.clusters import split_classes
-from unplant.detection.transplant import poisoned_side
+from unplant.detection.transplant import obedience, poisoned_side, recovered_trigger, with_trigger
 from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.erasers.base import Method, erasers
+from unplant.erasers.examination import Examination, cross_examine, findings, retrial
 from unplant.erasers.selection import (
     SCORES,
-    Examination,
     Lesson,
-    cross_examine,
-    findings,
     least_suspicious,
     next_lesson,
-    obedience,
     random_part,
-    recovered_trigger,
-    retrial,
     shared_suspicion,
     step_three,
-    with_trigger,
 )
 from unplant.images import LabeledImages
 from unplant.params import Real, Share
