@@ -98,7 +98,17 @@ def passes(row: dict[str, Any]) -> bool | None:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown lines, with the mean and the worst of the cells that count."""
-    head = ("cell", "ACC before → after", "ASR before → after", "RA", "suspects P / R", "flagged", "passes", "")
+    head = (
+        "cell",
+        "ACC before → after",
+        "ASR before → after",
+        "estimated",
+        "natural",
+        "RA",
+        "suspects P / R",
+        "passes",
+        "",
+    )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line_of, rows)]
     counted = [row for row in rows if row["attack"] is not None and passes(row) is not None]
     if counted:
@@ -110,6 +120,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"ASR mean {percent(mean(asr))}, worst {percent(max(asr))}; "
             f"ACC drop mean {percent(mean(drop))}, worst {percent(max(drop))}",
         ]
+        f1 = [row["suspects"]["f1"] for row in counted if row["suspects"]["f1"] is not None]
+        if f1:
+            lines.append(f"suspects: F1 mean {percent(mean(f1))}, worst {percent(min(f1))}")
     return lines
 
 
@@ -120,13 +133,27 @@ def line_of(row: dict[str, Any]) -> str:
         row["cell"],
         f"{percent(b['acc'])} → {percent(a['acc'])}",
         f"{percent(b['asr'])} → {percent(a['asr'])}",
+        estimate(row),
+        percent(a["natural_target_rate"]),
         percent(a["ra"]),
         f"{percent(found['precision'])} / {percent(found['recall'])}",
-        "–" if found["flagged"] is None else str(found["flagged"]),
         f"{row['passes']:.1f}",
         {True: "pass", False: "**fail**", None: "attack too weak"}[passes(row)],
     )
     return f"| {' | '.join(cells)} |"
+
+
+def estimate(row: dict[str, Any]) -> str:
+    """The defender's estimate of the ASR that is left: by witnesses, then by the recovered trigger."""
+    said = row.get("findings")
+    if not said:
+        return "–"
+    if not said["infected"]:
+        return "nothing found"
+    parts = [percent(said["asr_left"])] if said["witnesses"] else []
+    return ", ".join(
+        parts + ([f"{percent(said['trigger_after'])} (trigger)"] if said["trigger_after"] is not None else [])
+    )
 
 
 def percent(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """The command line: two ways through it that work, and every wrong turn with one clear line and the right exit code."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from unplant.cli import main
-from unplant.data import digits, write_folder
+from unplant.cli.output import verdict
+from unplant.data import digits, open_data, write_folder
 from unplant.images import LabeledImages
-from unplant.runs import ModelCard, save_classifier
+from unplant.results import Findings
+from unplant.runs import ModelCard, open_classifier, save_classifier
 
 QUICK = ["--set", "steps=2", "--set", "final_steps=2", "--set", "rounds=1", "--set", "pgd_steps=1"]
 
@@ -192,7 +195,7 @@ def test_plant_evaluate_and_erase_work_on_files(tmp_path, capsys):
 
     code, out, err = call(
         capsys, "erase", planted, "--suspect", planted / "suspect", "-o", erased, *QUICK,
-        "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json",
+        "--preset", "released", "--set", "epochs=0.1", "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json",
     )  # fmt: skip
     assert (code, err) == (0, "")
     report = json.loads(out)
@@ -201,7 +204,7 @@ def test_plant_evaluate_and_erase_work_on_files(tmp_path, capsys):
     assert json.loads((erased / "result.json").read_text()) == report
     assert json.loads((erased / "config.json").read_text())["eraser"]["steps"] == 2
     suspects = list(csv.DictReader(io.StringIO((erased / "suspects.csv").read_text())))
-    assert len(suspects) == report["suspects"]
+    assert len(suspects) == report["suspects"] == 1437 - 287
     assert all((planted / "suspect" / row["file"]).is_file() for row in suspects)
     scores = [float(row["suspicion"]) for row in suspects]
     assert scores == sorted(scores, reverse=True)
@@ -228,10 +231,29 @@ def test_two_runs_give_the_same_weights(workshop, tmp_path, capsys):
     weights = []
     for name in ("a", "b"):
         arguments = ["erase", workshop / "model.safetensors", "--suspect", workshop / "data", "-o", tmp_path / name]
-        code, _, _ = call(capsys, *arguments, *QUICK, "--json")
+        code, _, _ = call(capsys, *arguments, *QUICK, "--set", "initial=random", "--json")
         assert code == 0
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+    model, _ = open_classifier(tmp_path / "a", open_data(workshop / "data"))
+    before, _ = open_classifier(workshop / "model.safetensors", open_data(workshop / "data"))
+    assert any(not torch.equal(before.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_verdict_is_said_in_words():
+    found = Findings(True, (1, 0), 0.0512, 20, 0.05, 0.2, 0.99, 0.02)
+    lines = verdict(found, ("ant", "bee", "cat"))
+    assert lines[0] == "Verdict: infected. Target labels: bee, ant; estimated poisoning rate 5.1 %."
+    assert "99.0 % of other images, the purified model's on 2.0 %" in lines[1]
+    assert "Of 20 suspects" in lines[2]
+    assert "5.0 % their suspicious label (at most 20.0 %)" in lines[2]
+    unheard = dataclasses.replace(found, targets=(2,), witnesses=0, asr_left=None, trigger_before=None)
+    assert verdict(unheard, ("ant", "bee", "cat")) == [
+        "Verdict: infected. Target label: cat; estimated poisoning rate 5.1 %."
+    ]
+    (nothing,) = verdict(dataclasses.replace(found, infected=False, targets=()), ("ant", "bee", "cat"))
+    assert nothing.startswith("Verdict: no backdoor found.")
+    assert len(verdict(dataclasses.replace(found, targets=tuple(range(30))), [f"c{k}" for k in range(30)])[0]) < 200
 
 
 def test_methods_lists_every_setting_with_its_default(capsys):
