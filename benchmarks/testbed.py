@@ -99,17 +99,10 @@ def passes(row: dict[str, Any]) -> bool | None:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown lines, with the mean and the worst of the cells that count."""
     head = (
-        "cell",
-        "ACC before → after",
-        "ASR before → after",
-        "estimated",
-        "natural",
-        "RA",
-        "suspects P / R",
-        "passes",
-        "",
+        "cell | ACC before → after | ASR before → after | estimated | natural | RA | suspects P / R / AUROC | "
+        "poison in D_ext | passes | "
     )
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line_of, rows)]
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *map(line_of, rows)]
     counted = [row for row in rows if row["attack"] is not None and passes(row) is not None]
     if counted:
         asr = [row["after"]["asr"] for row in counted]
@@ -136,7 +129,8 @@ def line_of(row: dict[str, Any]) -> str:
         estimate(row),
         percent(a["natural_target_rate"]),
         percent(a["ra"]),
-        f"{percent(found['precision'])} / {percent(found['recall'])}",
+        " / ".join(percent(found[name]) for name in ("precision", "recall", "auroc")),
+        ", ".join(map(str, row.get("poison_in_extra_sets", []))) or "–",
         f"{row['passes']:.1f}",
         {True: "pass", False: "**fail**", None: "attack too weak"}[passes(row)],
     )

@@ -195,7 +195,8 @@ def test_plant_evaluate_and_erase_work_on_files(tmp_path, capsys):
 
     code, out, err = call(
         capsys, "erase", planted, "--suspect", planted / "suspect", "-o", erased, *QUICK,
-        "--preset", "released", "--set", "epochs=0.1", "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json",
+        "--preset", "released", "--set", "epochs=0.1",
+        "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json",
     )  # fmt: skip
     assert (code, err) == (0, "")
     report = json.loads(out)

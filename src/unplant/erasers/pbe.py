@@ -53,8 +53,14 @@ class PBEConfig(AdversarialConfig):
     )
     clean_below: Share = Field(default=0.3, description="Step 3: suspicion below which an image is taken as clean")
     suspect_above: Share = Field(default=0.4, description="Step 3: suspicion above which an image is a suspect")
+    strict: bool = Field(
+        default=True, description="Step 3: in classes that lost a group, D_ext gets only what still has its label"
+    )
     sure_above: Share = Field(default=0.5, description="relabelling: probability that the new label must have")
     shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
+    retrial: bool = Field(
+        default=True, description="clear classes whose suspects get their label back without being taught it"
+    )
     rounds: int = Field(default=2, ge=1, le=1000, description="repetitions of Steps 1 to 3")
     steps: int | None = Field(
         default=None, ge=1, description="adversarial steps a round; none: half an epoch of the data, at least 50"
@@ -239,7 +245,8 @@ class Run:
     def agreement(self, suspicion: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """D_ext and suspects, see `step_three`."""
         limits = {"clean_below": self.config.clean_below, "suspect_above": self.config.suspect_above}
-        return step_three(suspicion, after, self.data.labels, self.left_out, **limits)
+        strictly = self.left_out if self.config.strict else self.nobody
+        return step_three(suspicion, after, self.data.labels, strictly, **limits)
 
     def lesson(self, extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
         """D_ext; the suspects are in it by their trigger if that can be recovered, else under new labels."""
@@ -261,7 +268,8 @@ class Run:
         data, heard = self.data, ~self.own_label
         if self.relabelled.any():
             heard = heard & self.witnesses
-        suspects = retrial(suspects, heard, after, data.labels)
+        if self.config.retrial:
+            suspects = retrial(suspects, heard, after, data.labels)
         obeyed: list[float | None] = [None, None]
         if lesson is not None and lesson.trigger is not None:
             targets, trigger = data.labels[suspects].unique(), lesson.trigger
