@@ -1,11 +1,12 @@
 """Pictures for people: grids of images, without pyplot and without a display."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from unplant.images import LabeledImages
+from unplant.images import LabeledImages, to_pixels, to_stored
 
 
 def grid(rows: Sequence[tuple[str, Tensor, Sequence[str]]], *, scale: float = 0.9) -> bytes:
@@ -42,4 +43,20 @@ def suspects(data: LabeledImages, ranked: Tensor, suspicion: Tensor, count: int 
         captions = [f"{data.classes[int(data.labels[i])]} ({float(suspicion[i]):.2f})" for i in part]
         title = "Top suspects: label in the training set (suspicion)" if start == 0 else ""
         rows.append((title, data.images[part], captions))
+    return grid(rows)
+
+
+def recovered_trigger(data: LabeledImages, suspects: Tensor, trigger: Callable[[Tensor], Tensor]) -> bytes:
+    """Twelve images that aren't suspects, the same with the recovered trigger, and the difference around mid-grey."""
+    places = (~suspects).nonzero().flatten()
+    places = places[torch.linspace(0, len(places) - 1, min(12, len(places))).long()]
+    images = data.images[places]
+    changed = to_stored(trigger(to_pixels(images)))
+    difference = (128 + 2 * (changed.int() - images.int())).clamp(0, 255).to(torch.uint8)
+    names = [data.classes[label] for label in data.labels[places].tolist()]
+    rows = (
+        ("Training images that are no suspects", images, names),
+        ("With the trigger that was recovered from the suspects", changed, [""] * len(places)),
+        ("Twice the difference, around grey", difference, [""] * len(places)),
+    )
     return grid(rows)

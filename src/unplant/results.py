@@ -54,6 +54,8 @@ class Erasure:
         rounds: what each round did, as plain numbers and strings.
         extra_sets: bool (N,) per round, the images that were trained on under their own labels (PBE's D_ext).
         findings: what the run says about the backdoor; None where the method doesn't look for one.
+        trigger: what was recovered from the suspects as the trigger, pixels (N, C, H, W) in [0, 1] → the same with it;
+            None where nothing was.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Erasure:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     extra_sets: list[Tensor] = field(default_factory=list)
     findings: Findings | None = None
+    trigger: Callable[[Tensor], Tensor] | None = None
 
     def ranked(self) -> Tensor:
         """Indices of the flagged images, the most suspicious first; empty where nothing is flagged."""

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import torch
 
+from unplant import pictures
 from unplant.data import open_data
 from unplant.errors import UsageError
+from unplant.files import write_atomically
 from unplant.images import LabeledImages
 from unplant.poisoning import Attack, parse_attack
+from unplant.results import Erasure
 
 MAX_ATTACK_BYTES = 2**27
 """An attack.json holds at most 64 MiB of learnt weights."""
@@ -74,3 +77,17 @@ def read_attack(spec: str | None, *, target: int, all_to_all: bool) -> Attack | 
             raise UsageError(f"{spec} is no attack.json: there is no JSON object in it")
         return parse_attack(text)
     return parse_attack(spec, target=target, label_map="all-to-all" if all_to_all else "all-to-one")
+
+
+def save_pictures(folder: Path, data: LabeledImages, erasure: Erasure) -> list[str]:
+    """`suspects.png` and, where a trigger was recovered, `trigger.png`; returns what was written."""
+    written = []
+    if erasure.suspicion is not None and len(erasure.ranked()):
+        picture = pictures.suspects(data, erasure.ranked(), erasure.suspicion)
+        write_atomically(folder / "suspects.png", picture)
+        written.append("suspects.png")
+    if erasure.suspects is not None and erasure.trigger is not None:
+        picture = pictures.recovered_trigger(data, erasure.suspects, erasure.trigger)
+        write_atomically(folder / "trigger.png", picture)
+        written.append("trigger.png")
+    return written

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from unplant import pictures
-from unplant.cli.common import set_threads
+from unplant.cli.common import save_pictures, set_threads
 from unplant.cli.evaluate import scores_table
 from unplant.cli.output import emit, percent, progress_bar, say, show, verdict
 from unplant.demo import ERASING, run_demo, triggered_picture
@@ -26,9 +25,7 @@ def run(*, attack: str, seed: int, out: Path, force: bool, json: bool, threads: 
         about = {"command": "demo", "attack": demo.planted.attack.to_json(), "seed": seed, **scores}
         result = save_erasure(folder, demo.erasure, data, card, ERASING, about)
         write_atomically(folder / "triggered.png", triggered_picture(demo))
-        if demo.erasure.suspicion is not None:
-            picture = pictures.suspects(data, demo.erasure.ranked(), demo.erasure.suspicion)
-            write_atomically(folder / "suspects.png", picture)
+        shown = ["triggered.png", *save_pictures(folder, data, demo.erasure)]
     if json:
         emit({**result, "suspects": demo.suspects})
         return
@@ -41,4 +38,4 @@ def run(*, attack: str, seed: int, out: Path, force: bool, json: bool, threads: 
         f"Suspects: {found['flagged']} of {len(data)} training images flagged, "
         f"precision {percent(found['precision'])}, recall {percent(found['recall'])}, AUROC {found['auroc'] or 0:.3f}"
     )
-    say(f"Pictures: {out / 'triggered.png'}, {out / 'suspects.png'}; the purified model: {out / 'model.safetensors'}")
+    say(f"Pictures in {out}: {', '.join(shown)}; the purified model: {out / 'model.safetensors'}")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from unplant.classifier import check_knows
-from unplant.cli.common import parse_numbers, read, read_attack, set_threads
+from unplant.cli.common import parse_numbers, read, read_attack, save_pictures, set_threads
 from unplant.cli.evaluate import scores_table
 from unplant.cli.output import emit, progress_bar, say, show, verdict
 from unplant.devices import pick_device, pick_precision
@@ -66,6 +66,7 @@ def run(
         after = evaluate(erasure.model, test_data, known) if test_data is not None else None
         scores = {"before": before.to_json() if before else None, "after": after.to_json() if after else None}
         result = save_erasure(folder, erasure, data, card, config, {"command": "erase", **about, **scores})
+        shown = save_pictures(folder, data, erasure)
     if json:
         emit(result)
         return
@@ -76,4 +77,6 @@ def run(
             say(line)
     if erasure.suspects is not None:
         say(f"{result['suspects']} of {len(data)} training images look poisoned: {out / 'suspects.csv'}")
+    if shown:
+        say(f"Pictures in {out}: {', '.join(shown)}")
     say(f"Purified model: {out / 'model.safetensors'}")

@@ -271,14 +271,15 @@ class Run:
         if self.config.retrial:
             suspects = retrial(suspects, heard, after, data.labels)
         obeyed: list[float | None] = [None, None]
-        if lesson is not None and lesson.trigger is not None:
-            targets, trigger = data.labels[suspects].unique(), lesson.trigger
+        trigger = lesson.trigger if lesson is not None else None
+        if lesson is not None and trigger is not None:
+            targets = data.labels[suspects].unique()
             obeyed = [
                 obedience(model, data, lesson.images, targets, trigger, self.config.precision)
                 for model in (self.infected, purified)
             ]
         said = findings(suspects, self.left_out, heard, after, data.labels, obeyed)
-        return Erasure(purified, suspicion, suspects, self.rounds, self.extra_sets, said)
+        return Erasure(purified, suspicion, suspects, self.rounds, self.extra_sets, said, trigger)
 
 
 erasers.add(
