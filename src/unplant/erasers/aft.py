@@ -23,6 +23,9 @@ from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import Change, Schedule, fit, steps_of
 
+LEAST_UNIVERSAL = 8 / 255
+"""The smallest radius of the universal ball, in pixel units."""
+
 LEVELS = (1, 2, 3, 4, 6, 8)
 """Radii that `fitting_eps` tries, in grey levels."""
 
@@ -58,7 +61,9 @@ class AFTConfig(AdversarialConfig):
     )
     adversarial_share: Share = Field(default=0.3, description="share of each batch that carries a stand-in")
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
-    universal_eps: Pixel = Field(default=8 / 255, gt=0, description="universal: radius of the L∞ ball")
+    universal_eps: Pixel | None = Field(
+        default=None, gt=0, description="universal: radius of the L∞ ball; none: `eps`, but at least 8/255"
+    )
     warm_up: int = Field(default=30, ge=0, description="patch, universal: steps on the infected model before Step 2")
     inversion_steps: int = Field(default=2, ge=1, le=100, description="patch, universal: steps a batch")
     inversion_step_size: Share = Field(default=0.1, gt=0, description="patch, universal: share of the range a step")
@@ -147,6 +152,8 @@ def shared_stand_ins(infected: nn.Module, data: LabeledImages, config: AFTConfig
     They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as
     it is now. No target is named: classes that give in easily get more of them (`choose_targets`).
     """
+    if config.universal_eps is None:
+        raise UsageError("shared_stand_ins needs a universal_eps; aft settles it")
     kinds: list[Shared] = []
     if config.stand_ins in ("patch", "mixed"):
         kinds.append(Patches.new(data.num_classes, data.shape, config.patch_area, generator))
@@ -232,14 +239,18 @@ def aft(
     Returns:
         The purified model; AFT doesn't judge images.
     """
-    config = settle_ball(config, infected, data) if config.stand_ins == "pgd" else settle(config, infected, data)
+    config = settle_ball(config, infected, data)
+    if config.universal_eps is None:
+        config = config.but(universal_eps=max(config.eps or 0.0, LEAST_UNIVERSAL))
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:
         steps = steps_of(config.epochs, data, config.batch_size)
     if config.clean_epochs is not None:
         clean_steps = steps_of(config.clean_epochs, data, config.batch_size)
     purified = copy.deepcopy(infected)
-    rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, "eps": config.eps}]
+    rounds: list[dict[str, Any]] = [
+        {"step": "stand-ins", "kind": config.stand_ins, "eps": config.eps, "universal_eps": config.universal_eps}
+    ]
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
             continue
