@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from unplant.data import open_data
+from unplant.erasers import EraserConfig, erasers
+from unplant.erasers.base import Method
 from unplant.images import LabeledImages
 from unplant.params import parse_settings
 from unplant.planting import TrainConfig, parse_attack
@@ -65,6 +67,27 @@ def setting(args: argparse.Namespace) -> Setting:
     if args.max_images:
         data = data.sample(args.max_images, torch.Generator().manual_seed(args.seed))
     return Setting(data, test, args.arch, TrainConfig(**parse_settings(args.training)), args.seed, args.cache)
+
+
+def eraser_options(options: argparse.ArgumentParser, method: str) -> None:
+    """The options of benchmarks that run an eraser, by default that method."""
+    options.add_argument("--method", default=method)
+    options.add_argument("--preset", default="default")
+    options.add_argument("--eraser", action="append", default=[], help="setting=value of the eraser")
+    options.add_argument("--label", default="", help="a name for this configuration of the eraser")
+    options.add_argument("--test-images", type=int, help="for quick looks: measure on so many test images at random")
+
+
+def eraser_of(args: argparse.Namespace) -> tuple[Method, EraserConfig, str]:
+    """The eraser, its configuration and the configuration's name."""
+    method = erasers[args.method]
+    config = method.configure(args.preset, **parse_settings(args.eraser))
+    return method, config, args.label or f"{args.method}/{args.preset}"
+
+
+def test_part(args: argparse.Namespace, test: LabeledImages) -> LabeledImages:
+    """The test images to measure on."""
+    return test.sample(args.test_images, torch.Generator().manual_seed(0)) if args.test_images else test
 
 
 def attack_of(spec: str, recipe: list[str]) -> Attack | None:

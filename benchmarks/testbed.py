@@ -13,12 +13,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from cells import parser, run_missing, setting
+from cells import eraser_of, eraser_options, parser, run_missing, setting, test_part
 
 from unplant.cache import plant_cached, train_cached
-from unplant.erasers import erasers
 from unplant.evaluation import evaluate, suspect_quality
-from unplant.params import parse_settings
 from unplant.poisoning import Attack
 from unplant.runs import environment
 
@@ -26,20 +24,13 @@ from unplant.runs import environment
 def main() -> None:
     """Erases what is missing and prints a Markdown table with mean and worst."""
     options = parser(__doc__)
-    options.add_argument("--method", default="pbe")
-    options.add_argument("--preset", default="default")
-    options.add_argument("--eraser", action="append", default=[], help="setting=value of the eraser")
-    options.add_argument("--label", default="", help="a name for this configuration of the eraser")
+    eraser_options(options, "pbe")
     options.add_argument("--suspect-images", type=int, help="the eraser gets so many at random")
     options.add_argument("--defence-seed", type=int, help="of the eraser; default: --seed")
-    options.add_argument("--test-images", type=int, help="for quick looks: measure on so many test images at random")
     args = options.parse_args()
     defence_seed = args.seed if args.defence_seed is None else args.defence_seed
     here = setting(args)
-    test = here.test.sample(args.test_images, torch.Generator().manual_seed(0)) if args.test_images else here.test
-    method = erasers[args.method]
-    config = method.configure(args.preset, **parse_settings(args.eraser))
-    label = args.label or f"{args.method}/{args.preset}"
+    test, (method, config, label) = test_part(args, here.test), eraser_of(args)
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
         same = {"seed": here.seed, "folder": here.cache}

@@ -10,6 +10,7 @@ import unplant
 from unplant.classifier import Classifier
 from unplant.erasers import erasers
 from unplant.erasers.base import Method, settle
+from unplant.erasers.pbe import Run
 from unplant.errors import DataError, NumericalError, UsageError
 from unplant.images import LabeledImages
 from unplant.models import build
@@ -43,6 +44,23 @@ def test_pbe_leaves_a_model_as_it_was_if_it_finds_nothing():
     assert all(torch.equal(model.state_dict()[key], value) for key, value in erasure.model.state_dict().items())
     assert not erasure.suspects.any()
     assert not erasure.findings.infected
+
+
+def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
+    """A group was left out, and in the end the purified model knows it without having been taught it."""
+    data = noise(count=80)
+    model, trained = network(data), network(data, seed=1)
+    state = Run(model, data, erasers["pbe"].configure(batch_size=16), torch.Generator().manual_seed(0), None)
+    state.left_out = (data.labels == 1) & (torch.arange(80) < 40)
+    knows = torch.nn.functional.one_hot(data.labels, 4).float()
+    erasure = state.erasure(trained, torch.rand(80), state.left_out, knows)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in erasure.model.state_dict().items())
+    assert erasure.model is not model
+    assert not erasure.suspects.any()
+    assert not erasure.findings.infected
+    kept = state.erasure(trained, torch.rand(80), state.left_out, knows.roll(1, 1))
+    assert kept.model is trained
+    assert kept.findings.targets == (1,)
 
 
 def noise(count=48, classes=4, channels=1, height=16, width=16, seed=0) -> LabeledImages:

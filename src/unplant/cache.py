@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,8 @@ from unplant.planting import Planted, TrainConfig, plant, shuffled_choice, train
 from unplant.poisoning import Attack, PoisonedImages, parse_attack
 from unplant.results import Progress
 from unplant.runs import ModelCard, open_classifier, save_classifier, write_json
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Raised whenever planting changes what the same settings give."""
@@ -84,11 +86,9 @@ def plant_cached(
     config = config or TrainConfig()
     settings = settings_of(data, attack, architecture, config, seed)
     entry = _entry(folder, attack.trigger.id, settings)
-    if entry.exists() or entry.is_symlink():
-        try:
-            return _load(entry, settings, data, attack, architecture, seed, device), True
-        except DAMAGE:
-            _remove(entry)  # planted anew below
+    cached = _found(entry, lambda: _load(entry, settings, data, attack, architecture, seed, device))
+    if cached is not None:
+        return cached, True
     with _new(entry) as part:
         planted = plant(data, attack, architecture, config, seed=seed, device=device, progress=progress)
         save_planted(part, planted, settings, architecture)
@@ -116,12 +116,9 @@ def train_cached(
     config = config or TrainConfig()
     settings = settings_of(data, None, architecture, config, seed)
     entry = _entry(folder, "clean", settings)
-    if entry.exists() or entry.is_symlink():
-        try:
-            _check(entry, settings)
-            return _open(entry, data, architecture, device), True
-        except DAMAGE:
-            _remove(entry)  # trained anew below
+    cached = _found(entry, lambda: _open_clean(entry, settings, data, architecture, device))
+    if cached is not None:
+        return cached, True
     with _new(entry) as part:
         model = train(architecture, data, config, seed=seed, device=device, progress=progress)
         save_classifier(part / "model.safetensors", model, ModelCard.of(model, architecture, data))
@@ -137,6 +134,16 @@ def _entry(folder: Path | None, name: str, settings: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise WriteError(f"can't write the cache {root}: {error.strerror or error}") from error
     return root / f"{name}-{key_of(settings)}"
+
+
+def _found(entry: Path, load: Callable[[], T]) -> T | None:
+    """What lies there, or None; a damaged entry is removed, to be made anew."""
+    if entry.exists() or entry.is_symlink():
+        try:
+            return load()
+        except DAMAGE:
+            _remove(entry)
+    return None
 
 
 @contextmanager
@@ -232,6 +239,14 @@ def _check(entry: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if about["weights"] != _digest(entry / "model.safetensors"):
         raise ValueError("the weights are damaged")
     return about
+
+
+def _open_clean(
+    entry: Path, settings: dict[str, Any], data: LabeledImages, architecture: str, device: torch.device | str
+) -> Classifier:
+    """Raises one of several errors if anything isn't as it was saved."""
+    _check(entry, settings)
+    return _open(entry, data, architecture, device)
 
 
 def _open(entry: Path, data: LabeledImages, architecture: str, device: torch.device | str) -> Classifier:

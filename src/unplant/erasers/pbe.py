@@ -79,7 +79,7 @@ class PBEConfig(AdversarialConfig):
         default=0.1, description="relabelling: share of the suspects that is kept out, to see if they are still obeyed"
     )
     transplants: Share = Field(
-        default=0.25, lt=1, description="share of images that carry what suspects have in common, if it is a trigger"
+        default=0.25, le=0.5, description="share of images that carry what suspects have in common, if it is a trigger"
     )
 
 
@@ -102,7 +102,7 @@ def pbe(
 
     Returns:
         The purified model θ, and per image how suspicious it is: the loss of its label's probability from θ₀ to θ. If
-        no class holds a group that hangs on its label, θ is θ₀ as it was.
+        no class holds a group that hangs on its label, or all are cleared in the end, θ is θ₀ as it was.
     """
     run = Run(infected, data, settle_ball(config, infected, data), generator, progress)
     config = run.config
@@ -115,8 +115,8 @@ def pbe(
         found = run.examine()
         run.left_out, run.own_label = found.left_out, found.own_label
         suspicion = run.shared(found.score)
-        if not found.left_out.any():  # a clean model stays as it was
-            return run.erasure(copy.deepcopy(infected), suspicion, run.nobody, run.before)
+        if not found.left_out.any():
+            return run.erasure(infected, suspicion, run.nobody, run.before)
         extra, suspects = run.agreement(suspicion, found.outputs)
         purified, lesson = found.start, run.lesson(extra, found.left_out & suspects, found.outputs)
 
@@ -270,6 +270,8 @@ class Run:
             heard = heard & self.witnesses
         if self.config.retrial:
             suspects = retrial(suspects, heard, after, data.labels)
+        if not (suspects & self.left_out).any():  # nothing found, or all cleared: a clean model stays as it was
+            purified, suspects, after, lesson = copy.deepcopy(self.infected), self.nobody, self.before, None
         obeyed: list[float | None] = [None, None]
         trigger = lesson.trigger if lesson is not None else None
         if lesson is not None and trigger is not None:
