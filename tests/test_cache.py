@@ -202,7 +202,7 @@ def another_weight(path):
 
 def poisoned_weights(path, value):
     tensors = load(path.read_bytes())
-    next(iter(tensors.values())).flatten()[0] = value
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point()).flatten()[0] = value
     path.write_bytes(save(tensors, metadata=None))
 
 
