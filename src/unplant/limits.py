@@ -10,9 +10,7 @@ class Limits(Config):
 
     model_bytes: int = Field(default=8 * 2**30, ge=1, description="size of a model file")
     header_bytes: int = Field(default=16 * 2**20, ge=1, description="size of a safetensors header")
-    pickle_bytes: int = Field(
-        default=64 * 2**20, ge=1, description="size of the pickle in a checkpoint, without tensors"
-    )
+    pickle_bytes: int = Field(default=64 * 2**20, ge=1, description="size of a checkpoint's pickle, tensors aside")
     pickle_opcodes: int = Field(default=1_000_000, ge=1, description="instructions of that pickle")
     tensors: int = Field(default=100_000, ge=1, description="tensors in a model file")
     image_bytes: int = Field(default=200 * 2**20, ge=1, description="size of an image file")
