@@ -9,6 +9,7 @@ from unplant.classifier import check_fits, check_knows
 from unplant.data import open_data
 from unplant.erasers import EraserConfig, erasers
 from unplant.errors import UsageError
+from unplant.journal import NOTHING, Journal
 from unplant.results import Erasure, Progress
 
 
@@ -21,6 +22,7 @@ def erase(
     config: EraserConfig | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    journal: Journal = NOTHING,
 ) -> Erasure:
     """Gives back a model without the backdoor, if there is one.
 
@@ -33,6 +35,7 @@ def erase(
         config: the eraser's settings.
         seed: of all that is random.
         progress: told what is done.
+        journal: `unplant.Journal(folder)`: where the run is written down; if it is killed, the same call goes on.
 
     Returns:
         The purified model, the ranked suspects (PBE), and what every round did.
@@ -54,4 +57,5 @@ def erase(
     check_fits(model, data)
     check_knows(model, data)
     generator = torch.Generator().manual_seed(seed)
-    return chosen.run(model, data, config or chosen.configure(), generator=generator, progress=progress)
+    around = {"generator": generator, "progress": progress, "journal": journal}
+    return chosen.run(model, data, config or chosen.configure(), **around)

@@ -46,3 +46,9 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Computes matrix products and convolutions in that precision; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that error says that memory, the processor's or the accelerator's, has run out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
