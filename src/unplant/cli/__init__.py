@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise KeyboardInterrupt
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted; nothing was written", 130)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the latter is what typer makes of the former
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 5
     except Exception as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 
 from unplant.errors import ModelFileError, UsageError
@@ -40,7 +41,8 @@ def build(spec: str, *, num_classes: int, channels: int) -> nn.Module:
     if unknown:
         raise UsageError(f"architecture {spec!r}: no setting {sorted(unknown)[0]!r}; there are: {', '.join(known)}")
     try:
-        network = factory(**settings)
+        with torch.random.fork_rng(devices=[]):
+            network = factory(**settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelFileError(f"architecture {spec!r} can't be built: {str(error).splitlines()[0]}") from error
     if not isinstance(network, nn.Module):
