@@ -246,7 +246,7 @@ def palette_with_transparency():
         (rgba(255), (200, 100, 50), 0),
         (rgba(0), (0, 0, 0), 0),
         (rgba(51), (40, 20, 10), 1),  # a fifth
-        (encoded(picture((200, 51), mode="LA")), (40, 40, 40), 1),
+        (encoded(picture((200, 51), mode="LA")), 40, 0),
         (palette(), (255, 0, 0), 0),
         (palette_with_transparency(), (0, 0, 0), 0),
         (encoded(picture((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=100), (255, 0, 0), 3),
@@ -450,7 +450,7 @@ def a_file(root):
         (loose_images, "1 images lie outside of class folders"),
         (lambda root: tree(root, ("cat",)), "only one class folder, 'cat'"),
         (lambda root: tree(root / "train"), "only one class folder, 'train'; did you mean .*/train"),
-        (mixed_sizes, r"2 sizes \(6x5, 9x5.*--image-size"),
+        (mixed_sizes, r"several sizes: .cat/0.png. is 6x5, .cat/z.png. is 9x5; pass --image-size"),
         (link_out, "link out of"),
         (link_to_itself, "cat/z.png"),
         (fifo, "cat/z.png.*not a regular file"),
