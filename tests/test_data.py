@@ -1,15 +1,13 @@
 """Data sources: what is read, in which order, and what is refused with the path in the message."""
 
-import io
 import os
 import shutil
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
 import torch
+from image_helpers import encoded, png
 from PIL import Image
 
 from unplant.data import digits, open_data, read_folder, read_npz, write_folder
@@ -19,12 +17,6 @@ from unplant.images import LabeledImages
 pytestmark = pytest.mark.timeout(60)
 
 RNG = np.random.default_rng(0)
-
-
-def encoded(image, kind="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def picture(value=None, size=(6, 5), mode="RGB"):
@@ -328,14 +320,9 @@ def test_odd_file_names_are_kept(tmp_path):
 # Bad data.
 
 
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def png_header(width, height):
     """A valid PNG of 70 bytes that claims to be that large."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return png((width, height, 8, 2, 0), b"")
 
 
 def half(content):

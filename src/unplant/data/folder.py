@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from unplant.errors import DataError
 from unplant.images import LabeledImages
@@ -275,11 +275,11 @@ def grey_or_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image, dtype=np.float64)
         grey = np.where(grey == image.info.get("transparency", -1), 0, grey)
         return Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
-    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-    if not image.has_transparency_data:
-        return image.convert(mode)
-    *colours, alpha = image.convert(mode + "A").split()
-    return Image.merge(mode, [ImageChops.multiply(colour, alpha) for colour in colours])
+    is_grey = image.mode in ("1", "L", "LA")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
+    return image.getchannel(0) if is_grey and image.mode == "RGBA" else image.convert("L" if is_grey else "RGB")
 
 
 def write_folder(data: LabeledImages, root: Path) -> None:
