@@ -10,6 +10,10 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
+class UnplantWarning(UserWarning):
+    """Something about a model or data that a user should know; work goes on."""
+
+
 class UnplantError(Exception):
     """Any error with a cause outside Unplant; its text is one line: what was expected, what came, what to do."""
 

@@ -24,8 +24,10 @@ def check_data(data: LabeledImages, test: LabeledImages | None = None, *, batch_
         batch_size: images a training step; 0: unknown.
 
     Raises:
-        DataError: all images are alike.
+        DataError: there are no images, or all are alike.
     """
+    if not len(data):
+        raise DataError("the data set is empty")
     prints = _fingerprints(data)
     _, group, sizes = np.unique(prints, return_inverse=True, return_counts=True)
     if len(data) > 1 and len(sizes) == 1:
@@ -44,8 +46,7 @@ def check_data(data: LabeledImages, test: LabeledImages | None = None, *, batch_
 
 def _fingerprints(data: LabeledImages) -> np.ndarray:
     """A number per image (N,), the same for the same pixels."""
-    rows = data.images.contiguous().numpy().reshape(len(data), -1)
-    digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows)
+    digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in data.images.numpy())
     return np.frombuffer(digests, dtype=np.uint64)
 
 
