@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unplant.devices import Precision, autocast
+from unplant.devices import Precision, autocast, global_state_kept
 from unplant.errors import ModelFileError
 from unplant.images import LabeledImages
 
@@ -173,7 +173,12 @@ def check_fits(model: nn.Module, data: LabeledImages) -> int:
         ModelFileError: it can't run on images of this shape, or doesn't return logits for the data's classes.
     """
     pixels = data.pixels(slice(0, 2)).to(device_of(model))
-    with frozen(model), torch.no_grad(), blamed_on_the_model(f"run on images of shape {data.shape}"):
+    with (
+        global_state_kept(),
+        frozen(model),
+        torch.no_grad(),
+        blamed_on_the_model(f"run on images of shape {data.shape}"),
+    ):
         out = model(pixels)
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pixels):
         raise ModelFileError(f"the model must return logits ({len(pixels)}, K), got {_kind_and_remedy(out)}")
