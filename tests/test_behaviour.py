@@ -18,7 +18,7 @@ from unplant.data import digits
 from unplant.demo import TRAINING
 from unplant.devices import global_state_kept
 from unplant.erasers import erasers
-from unplant.errors import ModelFileError, UnplantWarning
+from unplant.errors import DataError, ModelFileError, UnplantWarning
 from unplant.evaluation import evaluate
 from unplant.planting import parse_attack, plant
 from unplant.runs import ModelCard, open_classifier, save_classifier
@@ -50,10 +50,9 @@ class Odd(nn.Module):
         lambda out: out,
         lambda out: out.log_softmax(1),
         lambda out: out * 1000,
-        lambda out: out.sigmoid(),
         lambda out: out - out.mean(1, keepdim=True),
     ],
-    ids=["plain", "log-softmax", "saturated", "sigmoid", "centred"],
+    ids=["plain", "log-softmax", "saturated", "centred"],
 )
 def test_honest_models_are_taken_as_they_are(trained, some, after):
     model = Odd(trained, after)
@@ -203,7 +202,36 @@ def test_too_few_images_to_know_anything_are_told_of(trained, some):
     assert check_behaviour(trained, some.select(torch.arange(50))) == []
 
 
+def test_a_sigmoid_is_told_of(trained, some):
+    model = Odd(trained, lambda out: out.sigmoid())
+    assert with_logits(model, some) is model
+    (line,) = check_behaviour(model, some)
+    assert "don't sum to 1" in line
+
+
+def test_half_precision_probabilities_are_still_probabilities(trained, some):
+    rounded = Odd(trained, lambda out: out.softmax(1).bfloat16())
+    assert with_logits(rounded, some) is not rounded
+
+
+@pytest.mark.filterwarnings("always")
+def test_the_api_warns_where_it_was_called(trained, some):
+    config = erasers["fine_tune"].configure(epochs=0.1, batch_size=8)
+    with pytest.warns(UnplantWarning) as caught:
+        unplant.erase(trained, clean=some.select(torch.arange(40)), method="fine_tune", config=config)
+    said = [str(warning.message) for warning in caught]
+    assert any("fewer than 50 images" in line for line in said)
+    assert any("classes have fewer than 10 images" in line for line in said)
+    assert {warning.filename for warning in caught} == {__file__}
+    assert unplant.UnplantWarning is UnplantWarning
+
+
 # Refused.
+
+
+def test_images_that_are_all_alike_are_refused_by_the_api_too(trained, some):
+    with pytest.raises(DataError, match="all 20 images are alike"):
+        unplant.erase(trained, some.select([3] * 20))
 
 
 @pytest.mark.parametrize(

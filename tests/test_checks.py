@@ -38,6 +38,12 @@ def test_the_same_image_under_two_labels_is_counted_and_named():
     assert "such as image 4 (a) and image 9 (b)" in check_data(unnamed)[0]
 
 
+def test_names_are_escaped():
+    data = with_copies(noise(names=tuple(f"\x1b[2J\udc80{k}\n" for k in range(100))), [(9, 4)])
+    (line,) = check_data(data)
+    assert r"such as \x1b[2J\udc804\n and \x1b[2J\udc809\n" in line
+
+
 @pytest.mark.parametrize(("copies", "said"), [(1, False), (2, True), (40, True)])
 def test_copies_are_told_of_above_one_percent(copies, said):
     data = with_copies(

@@ -247,7 +247,7 @@ def odd_data(workshop):
     """The good data, but one image lies under a second label too, in a class whose name would drive a terminal."""
     shutil.copytree(workshop / "data", workshop / "odd")
     first = min((workshop / "odd" / "3").iterdir())
-    shutil.copy(first, workshop / "odd" / "4" / "copy\x1b[2J.png")
+    shutil.copy(first, workshop / "odd" / "4" / "copy\x1b[2J\udc80.png")
     return workshop / "odd"
 
 
@@ -262,7 +262,7 @@ def test_warnings_are_lines_on_standard_error_and_in_the_result(workshop, odd_da
     assert "200 of 200 test images are in the data too" in shared
     said = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert len(said) == 2
-    assert "copy\\x1b[2J.png" in said[0]
+    assert "copy\\x1b[2J\\udc80.png" in said[0]
     assert "\x1b" not in err
     assert "warning: " not in out
     if json_wanted:

@@ -394,6 +394,21 @@ def test_ten_thousand_classes_take_no_time(tmp_path):
     assert time.perf_counter() - started < 10
 
 
+def test_a_thousand_folders_in_folders_are_read_or_refused(tmp_path):
+    deepest = tree(tmp_path / "data") / "cat" / "/".join(["d"] * 1500)
+    deepest.mkdir(parents=True)
+    (deepest / "z.png").write_bytes(encoded(colour()))
+    try:
+        assert len(read_folder(tmp_path / "data")) == 7
+    except DataError as error:
+        assert "folders in folders" in str(error)
+    for _ in range(1500):  # rmtree of Python 3.11 calls itself too
+        for file in deepest.iterdir():
+            file.unlink()
+        deepest.rmdir()
+        deepest = deepest.parent
+
+
 # Files that fail.
 
 

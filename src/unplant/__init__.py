@@ -18,6 +18,7 @@ _LAZY = {
     "Erasure": "unplant.results",
     "LabeledImages": "unplant.images",
     "UnplantError": "unplant.errors",
+    "UnplantWarning": "unplant.errors",
     "evaluate": "unplant.evaluation",
     "open_data": "unplant.data",
     "pgd": "unplant.adversarial",
@@ -29,6 +30,7 @@ __all__ = [
     "Erasure",
     "LabeledImages",
     "UnplantError",
+    "UnplantWarning",
     "__version__",
     "erase",
     "evaluate",
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from unplant.api import erase
     from unplant.classifier import Classifier
     from unplant.data import open_data
-    from unplant.errors import UnplantError
+    from unplant.errors import UnplantError, UnplantWarning
     from unplant.evaluation import evaluate
     from unplant.images import LabeledImages
     from unplant.planting import plant

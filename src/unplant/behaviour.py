@@ -26,7 +26,7 @@ def with_logits(model: nn.Module, data: LabeledImages) -> nn.Module:
     with global_state_kept(), blamed_on_the_model("run on the data"):
         out = logits(model, _sample(data))
     sums = out.sum(1)
-    if out.shape[1] > 1 and bool((out >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+    if out.shape[1] > 1 and bool((out >= 0).all()) and bool(((sums - 1).abs() < 0.01).all()):
         wrapped = Classifier(model, outputs="probabilities").to(device_of(model))
         wrapped.training = model.training  # train() would change the modes within the model too
         return wrapped
@@ -82,6 +82,11 @@ def check_behaviour(model: nn.Module, data: LabeledImages) -> list[str]:
     if isinstance(model, Classifier) and model.outputs == "probabilities":
         said.append(
             "the model's outputs are probabilities (it ends in softmax): their logarithm is taken for its logits"
+        )
+    if bool((first >= 0).all() and (first <= 1).all()):
+        said.append(
+            "the model's outputs lie in [0, 1] and don't sum to 1 (it ends in a sigmoid?); taken for logits they leave "
+            "training little to work with: pass the model without that layer"
         )
     if float((first - second).abs().max()) > 1e-3 * max(1.0, size):
         said.append(

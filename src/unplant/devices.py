@@ -58,7 +58,7 @@ def global_state_kept() -> Iterator[None]:
     cuda_states = torch.cuda.get_rng_state_all() if cuda else []
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one is meant)
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
-    strict, lax = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    strictness = _strictness()
     flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     try:
         yield
@@ -70,5 +70,10 @@ def global_state_kept() -> Iterator[None]:
         random.setstate(python_state)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
-        torch.use_deterministic_algorithms(strict, warn_only=lax)
+        if _strictness() != strictness:  # setting it loads the compiler, which takes seconds
+            torch.use_deterministic_algorithms(strictness[0], warn_only=strictness[1])
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = flags
+
+
+def _strictness() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

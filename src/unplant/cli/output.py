@@ -35,7 +35,9 @@ def show(table: Table) -> None:
 
 def emit(values: dict[str, Any]) -> None:
     """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+    text = json.dumps(values, ensure_ascii=False)
+    # A path's undecodable bytes are lone surrogates, which no stream takes; as an escape they are JSON too.
+    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 

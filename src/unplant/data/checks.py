@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from unplant.errors import DataError
+from unplant.errors import DataError, printable
 from unplant.images import LabeledImages
 
 FEW_IMAGES = 10
@@ -16,7 +16,7 @@ MANY_COPIES = 0.01
 def check_data(data: LabeledImages, test: LabeledImages | None = None, *, batch_size: int = 0) -> list[str]:
     """Warnings about a data set, one line each; none if there is nothing to say.
 
-    Images count as the same if every pixel is. 50,000 images of 32×32 take about 0.2 s.
+    Images count as the same if every pixel is. 50,000 images of 32×32 take about 0.4 s.
 
     Args:
         data: training images, or any others.
@@ -41,7 +41,7 @@ def check_data(data: LabeledImages, test: LabeledImages | None = None, *, batch_
         shared = int(np.isin(_fingerprints(test), prints).sum())
         if shared:
             said.append(f"{shared} of {len(test)} test images are in the data too: ACC will look better than it is")
-    return [line for line in said if line]
+    return [printable(line) for line in said if line]
 
 
 def _fingerprints(data: LabeledImages) -> np.ndarray:

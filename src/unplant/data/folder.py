@@ -59,6 +59,8 @@ def read_folder(
         folders = {item.name for item in path.iterdir() if item.is_dir() and not item.name.startswith(".")}
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}") from None
+    except RecursionError:  # os.walk of Python 3.11 calls itself
+        raise DataError(f"{path} holds more folders in folders than can be read") from None
     if empty := sorted(folders - set(data.classes)):
         raise DataError(
             f"{path}: no images in the class folders {', '.join(empty[:10])}; "
