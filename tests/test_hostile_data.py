@@ -395,16 +395,19 @@ def test_ten_thousand_classes_take_no_time(tmp_path):
 
 
 def test_a_thousand_folders_in_folders_are_read_or_refused(tmp_path):
-    deepest = tree(tmp_path / "data") / "cat" / "/".join(["d"] * 1500)
-    deepest.mkdir(parents=True)
+    root = deepest = tree(tmp_path / "data")
+    for name in ["cat", *["d"] * 1200]:
+        deepest = deepest / name
+        deepest.mkdir(exist_ok=True)
     (deepest / "z.png").write_bytes(encoded(colour()))
+    said = ""
     try:
-        assert len(read_folder(tmp_path / "data")) == 7
+        assert len(read_folder(root)) == 7
     except DataError as error:
-        assert "folders in folders" in str(error)
-    for _ in range(1500):  # rmtree of Python 3.11 calls itself too
-        for file in deepest.iterdir():
-            file.unlink()
+        said = str(error)
+    assert said == "" or "folders in folders" in said
+    (deepest / "z.png").unlink()
+    while deepest.name == "d":  # rmtree of Python 3.11 calls itself too
         deepest.rmdir()
         deepest = deepest.parent
 
