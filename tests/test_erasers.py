@@ -13,6 +13,7 @@ from unplant.erasers.base import Method, settle
 from unplant.erasers.pbe import Run
 from unplant.errors import DataError, NumericalError, UsageError
 from unplant.images import LabeledImages
+from unplant.journal import Journal
 from unplant.models import build
 
 QUICK = {
@@ -122,6 +123,29 @@ class TestContract:
         first, again, other = (run(method, model, data, seed).model.state_dict() for seed in (1, 1, 2))
         assert all(torch.equal(first[key], again[key]) for key in first)
         assert any(not torch.equal(first[key], other[key]) for key in first)
+
+    def test_cut_off_after_any_training_it_goes_on_to_the_same_weights(self, method, tmp_path):
+        data = noise()
+        model = network(data)
+        whole, told = run(method, model, data).model.state_dict(), []
+        method.run(
+            model, data, quick(method), generator=torch.Generator().manual_seed(0), progress=lambda *a: told.append(a)
+        )
+        assert told
+        for cut in range(len(told)):
+            journal, left = Journal(tmp_path / str(cut), seconds=0), iter(range(cut))
+            (tmp_path / str(cut)).mkdir()
+
+            def stop(title, done, left=left):
+                if next(left, None) is None:
+                    raise InterruptedError
+
+            config, seed = quick(method), torch.Generator().manual_seed(0)
+            with pytest.raises(InterruptedError):
+                method.run(model, data, config, generator=seed, progress=stop, journal=journal)
+            assert any((tmp_path / str(cut)).iterdir()), "nothing was written down: this eraser can't go on"
+            again = method.run(model, data, config, generator=torch.Generator().manual_seed(0), journal=journal)
+            assert all(torch.equal(whole[key], value) for key, value in again.model.state_dict().items())
 
     @pytest.mark.parametrize(
         "shape",

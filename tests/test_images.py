@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unplant.errors import DataError
-from unplant.images import LabeledImages, forever, to_pixels, to_stored
+from unplant.images import EndlessBatches, LabeledImages, to_pixels, to_stored
 
 ONE = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
 LABELS = torch.tensor([0, 1])
@@ -159,7 +159,7 @@ def test_the_fingerprint_tells_every_change(colour_images):
 def test_forever_covers_each_epoch_exactly_once_in_full_batches(count, size):
     data = LabeledImages(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64), ("a",))
     state = torch.get_rng_state()
-    stream = forever(data, size, torch.Generator().manual_seed(0))
+    stream = EndlessBatches(data, size, torch.Generator().manual_seed(0))
     batches = [next(stream) for _ in range(4 * count)]
     assert {len(batch) for batch in batches} == {min(size, count)}
     indices = torch.cat(batches)
@@ -168,7 +168,7 @@ def test_forever_covers_each_epoch_exactly_once_in_full_batches(count, size):
     assert all(torch.equal(epoch.sort().values, torch.arange(count)) for epoch in epochs)
     if count > 4:
         assert any(not torch.equal(epochs[0], epoch) for epoch in epochs[1:])
-    again = forever(data, size, torch.Generator().manual_seed(0))
+    again = EndlessBatches(data, size, torch.Generator().manual_seed(0))
     assert all(torch.equal(batch, next(again)) for batch in batches)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -176,4 +176,4 @@ def test_forever_covers_each_epoch_exactly_once_in_full_batches(count, size):
 def test_forever_refuses_an_empty_set(generator):
     empty = LabeledImages(torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), ("a",))
     with pytest.raises(DataError, match="empty"):
-        next(forever(empty, 4, generator))
+        next(EndlessBatches(empty, 4, generator))

@@ -153,7 +153,7 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
     config = AFTConfig(
         stand_ins=kind, universal_eps=8 / 255, warm_up=2, batch_size=20, adversarial_share=0.5, patch_area=0.2
     )
-    change = shared_stand_ins(spot, data, config, generator())
+    change, _ = shared_stand_ins(spot, data, config, generator())
     pixels, labels = data.pixels(slice(0, 20)), data.labels[:20]
     moved, same = change(spot, pixels, labels)
     assert torch.equal(same, labels)

@@ -16,6 +16,7 @@ _LAZY = {
     "erase": "unplant.api",
     "Classifier": "unplant.classifier",
     "Erasure": "unplant.results",
+    "Journal": "unplant.journal",
     "LabeledImages": "unplant.images",
     "UnplantError": "unplant.errors",
     "UnplantWarning": "unplant.errors",
@@ -28,6 +29,7 @@ _LAZY = {
 __all__ = [
     "Classifier",
     "Erasure",
+    "Journal",
     "LabeledImages",
     "UnplantError",
     "UnplantWarning",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from unplant.errors import UnplantError, UnplantWarning
     from unplant.evaluation import evaluate
     from unplant.images import LabeledImages
+    from unplant.journal import Journal
     from unplant.planting import plant
     from unplant.results import Erasure
 

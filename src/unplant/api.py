@@ -13,6 +13,7 @@ from unplant.data import check_data, open_data
 from unplant.devices import global_state_kept
 from unplant.erasers import EraserConfig, erasers
 from unplant.errors import UnplantWarning, UsageError
+from unplant.journal import NOTHING, Journal
 from unplant.results import Erasure, Progress
 
 
@@ -25,6 +26,7 @@ def erase(
     config: EraserConfig | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    journal: Journal = NOTHING,
 ) -> Erasure:
     """Gives back a model without the backdoor, if there is one.
 
@@ -41,6 +43,7 @@ def erase(
         config: the eraser's settings.
         seed: of all that is random.
         progress: told what is done.
+        journal: `unplant.Journal(folder)`: where the run is written down; if it is killed, the same call goes on.
 
     Returns:
         The purified model, of the given one's kind, the ranked suspects (PBE), and what every round did.
@@ -69,7 +72,8 @@ def erase(
         for line in said:
             warnings.warn(line, UnplantWarning, stacklevel=2)
         generator = torch.Generator().manual_seed(seed)
-        erasure = chosen.run(scored, data, config or chosen.configure(), generator=generator, progress=progress)
+        around = {"generator": generator, "progress": progress, "journal": journal}
+        erasure = chosen.run(scored, data, config or chosen.configure(), **around)
     if scored is not model and isinstance(erasure.model, Classifier):
         return replace(erasure, model=erasure.model.backbone)
     return erasure

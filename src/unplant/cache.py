@@ -18,6 +18,7 @@ from unplant.classifier import Classifier
 from unplant.errors import UnplantError, WriteError
 from unplant.files import write_atomically
 from unplant.images import LabeledImages
+from unplant.models import code_of
 from unplant.planting import Planted, TrainConfig, plant, shuffled_choice, train
 from unplant.poisoning import Attack, PoisonedImages, parse_attack
 from unplant.results import Progress
@@ -49,10 +50,8 @@ def settings_of(
         "seed": seed,
         "data": data.fingerprint(),
     }
-    file = Path(architecture.rpartition(":")[0])
-    if file.suffix == ".py" and file.is_file():
-        settings["code"] = _digest(file)
-    return settings
+    code = code_of(architecture)
+    return {**settings, "code": code} if code else settings
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unplant.devices import Precision, autocast, global_state_kept
+from unplant.devices import Precision, autocast, global_state_kept, is_out_of_memory
 from unplant.errors import ModelFileError
 from unplant.images import LabeledImages
 
@@ -159,9 +159,11 @@ def blamed_on_the_model(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ModelFileError, MemoryError, torch.OutOfMemoryError):
+    except ModelFileError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelFileError(f"the model can't {doing}: {type(error).__name__}: {first[:300]}") from None
 

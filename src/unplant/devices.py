@@ -77,3 +77,9 @@ def global_state_kept() -> Iterator[None]:
 
 def _strictness() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that error says that memory, the processor's or the accelerator's, has run out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

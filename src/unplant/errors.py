@@ -53,6 +53,12 @@ class NumericalError(UnplantError):
     exit_code = 6
 
 
+class InterruptedRunError(UnplantError):
+    """The run was interrupted, and can go on."""
+
+    exit_code = 130
+
+
 class OutOfMemoryError(UnplantError):
     """There isn't enough memory, even after the batch was made smaller."""
 

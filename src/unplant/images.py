@@ -207,17 +207,23 @@ class LabeledImages:
         return digest.hexdigest()[:16]
 
 
-def forever(data: LabeledImages, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+class EndlessBatches(Iterator[Tensor]):
     """Endless index batches (B,), a new random order each epoch; B is `size`, or the whole set if it is smaller.
 
     A rest that doesn't fill a batch is carried into the next epoch, so no batch is ever of one image.
+
+    Attributes:
+        left: indices that were drawn and not used yet.
     """
-    if not len(data):
-        raise DataError("can't train on an empty set")
-    size = min(size, len(data))
-    left = torch.empty(0, dtype=torch.int64)
-    while True:
-        left = torch.cat([left, torch.randperm(len(data), generator=generator)])
-        while len(left) >= size:
-            yield left[:size]
-            left = left[size:]
+
+    def __init__(self, data: LabeledImages, size: int, generator: torch.Generator) -> None:
+        if not len(data):
+            raise DataError("can't train on an empty set")
+        self.count, self.size, self.generator = len(data), min(size, len(data)), generator
+        self.left = torch.empty(0, dtype=torch.int64)
+
+    def __next__(self) -> Tensor:
+        while len(self.left) < self.size:
+            self.left = torch.cat([self.left, torch.randperm(self.count, generator=self.generator)])
+        batch, self.left = self.left[: self.size], self.left[self.size :]
+        return batch

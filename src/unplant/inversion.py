@@ -76,6 +76,14 @@ class Patches:
         patterns = torch.rand((classes, channels, height, width), generator=generator)
         return cls(torch.full((classes, 1, height, width), area), patterns, torch.ones(classes), area)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was learnt."""
+        return {"masks": self.masks, "patterns": self.patterns, "rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes back to that."""
+        self.masks, self.patterns, self.rates = state["masks"], state["patterns"], state["rates"]
+
     def apply(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """See `Shared`."""
         mask, pattern = self.masks.to(pixels.device)[targets], self.patterns.to(pixels.device)[targets]
@@ -116,6 +124,14 @@ class Shifts:
             raise UsageError(f"eps of a universal perturbation must be in [0, 1], got {eps:g}")
         start = torch.rand((classes, *shape), generator=generator) * 2 - 1
         return cls(start * eps, torch.ones(classes), eps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was learnt."""
+        return {"shifts": self.shifts, "rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes back to that."""
+        self.shifts, self.rates = state["shifts"], state["rates"]
 
     def apply(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """See `Shared`."""

@@ -9,6 +9,7 @@ from unplant.attacks import parse_attack
 from unplant.classifier import Classifier
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
+from unplant.journal import NOTHING, Journal
 from unplant.poisoning import Attack, Choice, ControlsTraining, Job, PoisonedImages, apply, choose
 from unplant.results import Progress
 from unplant.training import TrainConfig, fit, new_classifier, steps_of, train
@@ -34,6 +35,7 @@ def plant(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    journal: Journal = NOTHING,
 ) -> Planted:
     """Poisons a copy of the data and trains an infected model on it.
 
@@ -48,6 +50,7 @@ def plant(
         seed: of the choice of poisoned images, the weights and the order.
         device: where to train.
         progress: told the share of training done.
+        journal: where the training is written down; not used where the attacker controls it.
 
     Returns:
         The model, the training set, and the attack with all that its trigger has learnt.
@@ -55,7 +58,8 @@ def plant(
     config = config or TrainConfig()
     if not isinstance(attack.trigger, ControlsTraining):
         training_set, attack = poison_only(data, attack, seed=seed, device=device, progress=progress)
-        model = train(architecture, training_set.data, config, seed=seed, device=device, progress=progress)
+        around = {"device": device, "progress": progress, "journal": journal}
+        model = train(architecture, training_set.data, config, seed=seed, **around)
         return Planted(model, training_set, attack)
     data, choice, generator = shuffled_choice(data, attack, seed)
     learnt = attack.trigger.learn(data, seed=seed, device=device, progress=progress)

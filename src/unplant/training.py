@@ -1,8 +1,8 @@
 """The one training loop: infected models, AFT, PBE and every baseline run through `fit`."""
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from unplant.augment import Augment, augment
 from unplant.classifier import Classifier, device_of
-from unplant.devices import Precision, autocast
-from unplant.errors import NumericalError
-from unplant.images import LabeledImages, forever
+from unplant.devices import Precision, autocast, is_out_of_memory
+from unplant.errors import NumericalError, OutOfMemoryError
+from unplant.images import EndlessBatches, LabeledImages
+from unplant.journal import NOTHING, Journal, Page, weights_of
 from unplant.models import build
 from unplant.params import Real
 from unplant.results import Progress
@@ -25,6 +26,18 @@ Change = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 Other networks' parameters on which the pixels depend get their gradient from the step's backward pass too.
 """
+
+
+class Remembering(Protocol):
+    """What learns from step to step beside the model."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that it has learnt."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes back to that."""
+        ...
 
 
 class FitConfig(Augment):
@@ -59,10 +72,15 @@ def fit(
     config: FitConfig,
     generator: torch.Generator,
     change: Change | None = None,
+    memory: Sequence[Remembering] = (),
     progress: Progress | None = None,
     title: str = "training",
+    journal: Journal = NOTHING,
 ) -> float:
     """Trains the model in place for that many steps and returns the mean loss of the last tenth of them.
+
+    Where memory is short, a batch is worked off in parts whose gradients are added up, so that it stays the batch it is
+    (but for BatchNorm, which sees the parts).
 
     Args:
         model: pixels in [0, 1] → logits. Left in the mode in which it came.
@@ -71,47 +89,170 @@ def fit(
         config: optimiser, schedule, batch, augmentation, precision.
         generator: CPU generator of order and augmentation, and of the seed of the model's own dropout.
         change: applied to each augmented batch before the step.
+        memory: what `change` learns from step to step.
         progress: told the share of steps done.
         title: what `progress` is told.
+        journal: where the training is written down, and taken up again if it was cut off. What decides it must be among
+            the arguments: a `change` that depends on more (other networks) needs a title that says so, or no journal.
 
     Raises:
-        NumericalError: the loss became NaN or infinite; the model's weights are then of no use.
+        NumericalError: the loss or a weight became NaN or infinite; the model's weights are then of no use.
+        OutOfMemoryError: not even two images at a time can be trained on.
     """
     device = device_of(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.SGD(trainable, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(config.schedule, step, steps))
-    batches = forever(data, config.batch_size, generator)
-    modes = [(module, module.training) for module in model.modules()]
-    losses: list[Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        running = Running(model, data, config, generator, memory)
+        page = running.page(journal, title, steps)
+        running.restore(page.read())
+        modes = [(module, module.training) for module in model.modules()]
         try:
-            for step in range(steps):
-                indices = next(batches)
-                pixels = augment(data.pixels(indices).to(device), config, generator)
-                labels = data.labels[indices].to(device)
-                model.train()
-                with autocast(device, config.precision):
-                    if change is not None:
-                        pixels, labels = change(model, pixels, labels)
-                    out = model(pixels)
-                loss = F.cross_entropy(out.float(), labels)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                rate.step()
-                losses.append(loss.detach())
-                if step % 20 == 19 or step == steps - 1:
-                    if not torch.isfinite(torch.stack(losses[-20:])).all():
-                        raise NumericalError(f"{title}: the loss is not finite at step {step + 1}; try a smaller lr")
+            while running.done < steps:
+                running.step(config.lr * _rate(config.schedule, running.done, steps), change)
+                if running.done % 20 == 0 or running.done == steps or page.due:
+                    running.check(title)
+                    if page.due:
+                        page.write(running.state())
                     if progress is not None:
-                        progress(title, (step + 1) / steps)
+                        progress(title, running.done / steps)
         finally:
             for module, mode in modes:
                 module.training = mode
-    last = losses[-max(1, steps // 10) :]
+        if running.fresh:
+            page.write(running.state())
+    last = running.losses[-max(1, steps // 10) :]
     return float(torch.stack(last).mean()) if last else float("nan")
+
+
+class Running:
+    """A training in progress: all that its next step depends on.
+
+    Attributes:
+        done: steps done.
+        losses: of each of them, scalars.
+        parts: parts in which a batch is worked off.
+        fresh: whether any step was done here, not read from a page.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: LabeledImages,
+        config: FitConfig,
+        generator: torch.Generator,
+        memory: Sequence[Remembering],
+    ) -> None:
+        self.model, self.data, self.config, self.generator, self.memory = model, data, config, generator, memory
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimiser = torch.optim.SGD(
+            trainable, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.batches = EndlessBatches(data, config.batch_size, generator)
+        self.device = device_of(model)
+        self.done, self.parts, self.fresh = 0, 1, False
+        self.losses: list[Tensor] = []
+
+    def page(self, journal: Journal, title: str, steps: int) -> Page:
+        """Where this training is written down; nowhere if the model has a state that isn't tensors."""
+        if journal.folder is None or len(weights_of(self.model)) < len(self.model.state_dict()):
+            return NOTHING.page(tensors=())
+        settings = self.config.model_dump(mode="json")
+        about = (title, steps, settings, self.data.fingerprint(), str(self.device))
+        return journal.page(*about, tensors=self.state().values())
+
+    def step(self, lr: float, change: Change | None) -> None:
+        """One step; if memory runs out, once more with parts half as large."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        indices = next(self.batches)
+        states = self.generator.get_state(), torch.get_rng_state()
+        while True:
+            try:
+                loss = self._gradients(indices, change)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(indices) // (2 * self.parts) < 2:
+                    raise OutOfMemoryError(
+                        f"not enough memory to train on {len(indices) // self.parts} images at a time; "
+                        "use smaller images (--image-size), a smaller network, or a machine with more memory"
+                    ) from error
+            self.parts *= 2
+            self.generator.set_state(states[0])
+            torch.set_rng_state(states[1])
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.optimiser.step()
+        self.losses.append(loss)
+        self.done += 1
+        self.fresh = True
+
+    def _gradients(self, indices: Tensor, change: Change | None) -> Tensor:
+        self.optimiser.zero_grad(set_to_none=True)
+        batch = augment(self.data.pixels(indices).to(self.device), self.config, self.generator)
+        given = self.data.labels[indices].to(self.device)
+        total = torch.zeros((), device=self.device)
+        for pixels, labels in zip(batch.chunk(self.parts), given.chunk(self.parts), strict=True):
+            share = len(pixels) / len(batch)
+            self.model.train()
+            with autocast(self.device, self.config.precision):
+                if change is not None:
+                    pixels, labels = change(self.model, pixels, labels)
+                out = self.model(pixels)
+            loss = F.cross_entropy(out.float(), labels) * share
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def check(self, title: str) -> None:
+        """Raises NumericalError if a loss, or a weight, isn't finite."""
+        finite = torch.isfinite(torch.stack(self.losses[-20:])).all()
+        for value in weights_of(self.model).values():
+            if value.is_floating_point():
+                finite &= torch.isfinite(value).all()
+        if not finite:
+            raise NumericalError(f"{title}: the loss or a weight is not finite at step {self.done}; try a smaller lr")
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as tensors."""
+        state = {f"model.{key}": value for key, value in weights_of(self.model).items()}
+        for place, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
+            momentum = self.optimiser.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                state[f"momentum.{place}"] = momentum
+        for place, item in enumerate(self.memory):
+            state |= {f"memory.{place}.{key}": value for key, value in item.state_dict().items()}
+        losses = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        state |= {"losses": losses, "left": self.batches.left, "random": self.generator.get_state()}
+        state["own random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["own random, cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def restore(self, state: dict[str, Tensor] | None) -> None:
+        """Goes on from there; with None, from the beginning."""
+        if state is None:
+            return
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        for place, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
+            if f"momentum.{place}" in state:
+                self.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
+                    state[f"momentum.{place}"]
+                )
+        for place, item in enumerate(self.memory):
+            item.load_state_dict(part(f"memory.{place}."))
+        self.losses = list(state["losses"].to(self.device))
+        self.done = len(self.losses)
+        self.batches.left = state["left"]
+        self.generator.set_state(state["random"])
+        torch.set_rng_state(state["own random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["own random, cuda"], self.device)
 
 
 def new_classifier(architecture: str, data: LabeledImages, *, seed: int, device: torch.device | str) -> Classifier:
@@ -132,12 +273,13 @@ def train(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     title: str = "training",
+    journal: Journal = NOTHING,
 ) -> Classifier:
     """A new classifier, trained from scratch on the data as it is."""
     model = new_classifier(architecture, data, seed=seed, device=device)
     generator = torch.Generator().manual_seed(seed)
     steps = steps_of(config.epochs, data, config.batch_size)
-    fit(model, data, steps=steps, config=config, generator=generator, progress=progress, title=title)
+    fit(model, data, steps=steps, config=config, generator=generator, progress=progress, title=title, journal=journal)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.errors import UsageError
-from unplant.images import LabeledImages, forever
+from unplant.images import EndlessBatches, LabeledImages
 from unplant.params import Real, Share
 from unplant.poisoning import ControlsTraining, Job
 from unplant.results import Progress
@@ -88,7 +88,7 @@ class InputAware(LearnedTrigger, ControlsTraining):
         optimiser = _Falling(pair["mask"], self.lr, self.mask_steps)
         # The paper's weights are for normalised images; with pixels in [0, 1] a mask would be a third as large.
         std = torch.tensor(channel_statistics(data)[1]).view(-1, 1, 1).to(device)
-        batches = forever(data, 64, random)
+        batches = EndlessBatches(data, 64, random)
         for step in range(self.mask_steps):
             pixels = data.pixels(next(batches)).to(device)
             others = _others(pixels, random)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.errors import NumericalError
-from unplant.images import LabeledImages, forever
+from unplant.images import EndlessBatches, LabeledImages
 from unplant.params import Pixel, Real
 from unplant.results import Progress
 from unplant.triggers import LearnedTrigger, triggers
@@ -85,7 +85,7 @@ class SSBA(LearnedTrigger):
             decoder = Decoder(data.shape[0], self.bits, self.width).to(device)
         optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        batches = forever(data, self.batch_size, generator)
+        batches = EndlessBatches(data, self.batch_size, generator)
         for step in range(self.steps):
             pixels = data.pixels(next(batches)).to(device)
             bits = torch.randint(2, (len(pixels), self.bits), generator=generator).to(pixels)

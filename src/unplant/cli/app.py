@@ -23,6 +23,9 @@ Arch = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
 Test = Annotated[str | None, typer.Option(help="Clean test images, to measure ACC (and, with --attack, ASR and RA).")]
+SaveEvery = Annotated[
+    float, typer.Option("--save-every", min=0, help="Seconds after which a run writes down how far it is.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a folder that unplant wrote before.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
@@ -94,6 +97,7 @@ def erase(
     device: Device = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
+    save_every: SaveEvery = 60,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -164,6 +168,7 @@ def plant(
     device: Device = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
+    save_every: SaveEvery = 60,
     force: Force = False,
     json: Json = False,
 ) -> None:

@@ -1,16 +1,21 @@
 """What several commands do alike: read options, open data and models, set threads."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from unplant import pictures
+from unplant.cli.output import say
 from unplant.data import open_data
 from unplant.errors import UsageError
-from unplant.files import write_atomically
+from unplant.files import OutputFolder, write_atomically
 from unplant.images import LabeledImages
+from unplant.journal import Journal
+from unplant.models import code_of
 from unplant.poisoning import Attack, parse_attack
 from unplant.results import Erasure
+from unplant.runs import ModelCard
 
 MAX_ATTACK_BYTES = 2**27
 """An attack.json holds at most 64 MiB of learnt weights."""
@@ -20,6 +25,14 @@ def set_threads(threads: int | None) -> None:
     """Sets torch's CPU threads, if a number is given."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def open_journal(output: OutputFolder, card: ModelCard, seconds: float) -> Journal:
+    """The journal of a run of a model with that card."""
+    if output.resumed:
+        say("going on from where an earlier run was interrupted")
+    about = {**card.model_dump(mode="json"), "code": code_of(card.arch or "")}
+    return Journal(output.journal, seconds=seconds, salt=json.dumps(about))
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

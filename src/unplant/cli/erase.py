@@ -7,7 +7,15 @@ import torch
 
 from unplant.behaviour import check_behaviour
 from unplant.classifier import check_knows
-from unplant.cli.common import check_apart, parse_numbers, read, read_attack, save_pictures, set_threads
+from unplant.cli.common import (
+    check_apart,
+    open_journal,
+    parse_numbers,
+    read,
+    read_attack,
+    save_pictures,
+    set_threads,
+)
 from unplant.cli.evaluate import scores_table
 from unplant.cli.output import emit, progress_bar, say, say_warnings, show, verdict
 from unplant.data import check_data
@@ -25,7 +33,8 @@ def run(
     *, model: Path, out: Path, suspect: str | None, clean: str | None, arch: str | None, method: str | None,
     preset: str, settings: list[str] | None, eps: str | None, test: str | None, attack: str | None, target: int,
     all_to_all: bool, max_images: int | None, seed: int, mean: str | None, std: str | None, image_size: str | None,
-    skip_bad_images: bool, device: str, precision: str, threads: int | None, force: bool, json: bool,
+    skip_bad_images: bool, device: str, precision: str, threads: int | None,
+    save_every: float, force: bool, json: bool,
 ) -> None:  # fmt: skip
     """Checks every option before it reads data, and everything else before it trains."""
     if (suspect is None) == (clean is None):
@@ -47,7 +56,8 @@ def run(
     config = chosen.configure(preset, **wishes)
     known = read_attack(attack, target=target, all_to_all=all_to_all)
 
-    with OutputFolder(out, force=force) as folder:
+    output = OutputFolder(out, force=force)
+    with output as folder:
         data = read(source, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
         test_data = read(test, image_size=image_size, skip_bad=skip_bad_images) if test else None
         warnings = check_data(data, test_data, batch_size=config.batch_size)
@@ -61,7 +71,8 @@ def run(
         say_warnings(warnings)
         with progress_bar() as progress:
             generator = torch.Generator().manual_seed(seed)
-            erasure = chosen.run(infected, data, config, generator=generator, progress=progress)
+            around = {"progress": progress, "journal": open_journal(output, card, save_every)}
+            erasure = chosen.run(infected, data, config, generator=generator, **around)
         about: dict[str, Any] = {
             "method": chosen.name,
             "preset": preset,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from unplant.cache import plant_cached
-from unplant.cli.common import check_apart, parse_labels, read, set_threads
+from unplant.cli.common import check_apart, open_journal, parse_labels, read, set_threads
 from unplant.cli.output import emit, percent, progress_bar, say
 from unplant.data import write_folder
 from unplant.devices import pick_device, pick_precision
@@ -24,7 +24,7 @@ def run(
     *, data: str, out: Path, attack: str, arch: str, target: int, all_to_all: bool, clean_label: bool | None,
     rate: str | None, cover_rate: str | None, sources: str | None, poison_only: bool, reuse: bool, test: str | None,
     max_images: int | None, seed: int, settings: list[str] | None, image_size: str | None, skip_bad_images: bool,
-    device: str, precision: str, threads: int | None, force: bool, json: bool,
+    device: str, precision: str, threads: int | None, save_every: float, force: bool, json: bool,
 ) -> None:  # fmt: skip
     """Writes `model.safetensors`, `suspect/` (all that a defender may see) and `truth/` (what it may not)."""
     check_apart(out, data, test)
@@ -44,7 +44,8 @@ def run(
     if poison_only and isinstance(planned.trigger, ControlsTraining):
         raise UsageError(f"{planned.trigger.id} controls training: its data alone would infect no model")
     config = TrainConfig(**{"precision": pick_precision(precision, where), **parse_settings(settings or [])})
-    with OutputFolder(out, force=force) as folder:
+    output = OutputFolder(out, force=force)
+    with output as folder:
         images = read(data, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
         test_images = read(test, image_size=image_size, skip_bad=skip_bad_images) if test else None
         result: dict[str, Any] = {"command": "plant", "seed": seed, "data": images.fingerprint()}
@@ -56,7 +57,8 @@ def run(
                 if reuse:
                     planted, result["from_cache"] = plant_cached(images, planned, arch, config, **how)
                 else:
-                    planted = plant(images, planned, arch, config, **how)
+                    journal = open_journal(output, ModelCard(arch=arch), save_every)
+                    planted = plant(images, planned, arch, config, journal=journal, **how)
                 truth, done = planted.training_set, planted.attack
                 card = ModelCard.of(planted.model, arch, images)
                 save_classifier(folder / "model.safetensors", planted.model, card)

@@ -17,8 +17,9 @@ from unplant.classifier import device_of, frozen
 from unplant.devices import autocast
 from unplant.erasers.base import EraserConfig, Method, erasers, settle
 from unplant.errors import UsageError
-from unplant.images import LabeledImages, forever
+from unplant.images import EndlessBatches, LabeledImages
 from unplant.inversion import Patches, Shared, Shifts, choose_targets
+from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import Change, Schedule, fit, steps_of
@@ -146,15 +147,20 @@ def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
     return change
 
 
-def shared_stand_ins(infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator) -> Change:
+def shared_stand_ins(
+    infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
+) -> tuple[Change, list[Patches | Shifts]]:
     """Step 1 with perturbations that many images share, as they share a trigger: one a class of each kind.
 
     They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as
     it is now. No target is named: classes that give in easily get more of them (`choose_targets`).
+
+    Returns:
+        The change of a batch, and the perturbations.
     """
     if config.universal_eps is None:
         raise UsageError("shared_stand_ins needs a universal_eps; aft settles it")
-    kinds: list[Shared] = []
+    kinds: list[Patches | Shifts] = []
     if config.stand_ins in ("patch", "mixed"):
         kinds.append(Patches.new(data.num_classes, data.shape, config.patch_area, generator))
     if config.stand_ins in ("universal", "mixed"):
@@ -165,7 +171,7 @@ def shared_stand_ins(infected: nn.Module, data: LabeledImages, config: AFTConfig
         shared.improve(model, pixels, targets, steps=steps, step_size=config.inversion_step_size)
         return shared.apply(pixels, targets)
 
-    device, batches = device_of(infected), forever(data, config.batch_size, generator)
+    device, batches = device_of(infected), EndlessBatches(data, config.batch_size, generator)
     with autocast(device, config.precision):
         for _ in range(config.warm_up):
             indices = next(batches)
@@ -180,7 +186,7 @@ def shared_stand_ins(infected: nn.Module, data: LabeledImages, config: AFTConfig
                 moved.append(improved(shared, model, pixels[start:end], labels[start:end], config.inversion_steps))
         return torch.cat([*moved, pixels[count:]]), labels
 
-    return change
+    return change, kinds
 
 
 def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Change:
@@ -208,6 +214,7 @@ def adversarial_fine_tuning(
     generator: torch.Generator,
     progress: Progress | None = None,
     title: str = "adversarial fine-tuning",
+    journal: Journal = NOTHING,
 ) -> nn.Module:
     """Steps 1 and 2: fine-tunes a copy of the model on adversarial examples with their own labels.
 
@@ -215,7 +222,8 @@ def adversarial_fine_tuning(
     """
     purified = copy.deepcopy(infected)
     change = stand_ins(config, generator) if config.adversarial_share > 0 else None
-    fit(purified, data, steps=steps, config=config, generator=generator, change=change, progress=progress, title=title)
+    around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
+    fit(purified, data, steps=steps, config=config, change=change, **around)
     return purified
 
 
@@ -226,6 +234,7 @@ def aft(
     *,
     generator: torch.Generator,
     progress: Progress | None = None,
+    journal: Journal = NOTHING,
 ) -> Erasure:
     """Erases a backdoor with a small clean set.
 
@@ -235,6 +244,7 @@ def aft(
         config: settings.
         generator: CPU generator of all that is random.
         progress: told what is done.
+        journal: where it is written down.
 
     Returns:
         The purified model; AFT doesn't judge images.
@@ -254,10 +264,11 @@ def aft(
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
             continue
-        change = None
-        if share > 0:
-            pgd_alone = config.stand_ins == "pgd"
-            change = stand_ins(config, generator) if pgd_alone else shared_stand_ins(infected, data, config, generator)
+        change, shared = None, []
+        if share > 0 and config.stand_ins == "pgd":
+            change = stand_ins(config, generator)
+        elif share > 0:
+            change, shared = shared_stand_ins(infected, data, config, generator)
         if config.belief > 0:
             change = with_belief(infected, change, config.belief)
         fit(
@@ -267,8 +278,10 @@ def aft(
             config=config,
             generator=generator,
             change=change,
+            memory=shared,
             progress=progress,
             title=title,
+            journal=journal,
         )
         passes = config.but(adversarial_share=share).passes(count, data)
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})

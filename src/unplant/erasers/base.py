@@ -10,6 +10,7 @@ from torch import nn
 from unplant.classifier import logits
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
+from unplant.journal import NOTHING, Journal
 from unplant.registry import Registry
 from unplant.results import Erasure, Progress
 from unplant.training import FitConfig
@@ -33,8 +34,9 @@ class EraserFunction(Protocol):
         *,
         generator: torch.Generator,
         progress: Progress | None = None,
+        journal: Journal = NOTHING,
     ) -> Erasure:
-        """Purifies a copy of the model."""
+        """Purifies a copy of the model; the journal goes to every `fit`, so that a killed run can go on."""
         ...
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from unplant.erasers.base import EraserConfig, Method, erasers, settle
 from unplant.images import LabeledImages
+from unplant.journal import NOTHING, Journal
 from unplant.params import Real
 from unplant.results import Erasure, Progress
 from unplant.training import fit, steps_of
@@ -26,12 +27,14 @@ def fine_tune(
     *,
     generator: torch.Generator,
     progress: Progress | None = None,
+    journal: Journal = NOTHING,
 ) -> Erasure:
     """Trains a copy of the model on the data as they are: the control without an adversarial step."""
     config = settle(config, infected, data)
     purified = copy.deepcopy(infected)
     steps = steps_of(config.epochs, data, config.batch_size)
-    loss = fit(purified, data, steps=steps, config=config, generator=generator, progress=progress, title="fine-tuning")
+    around = {"generator": generator, "progress": progress, "journal": journal}
+    loss = fit(purified, data, steps=steps, config=config, title="fine-tuning", **around)
     passes = round(steps * config.batch_size / len(data), 2)
     done = {"step": "fine-tuning", "images": len(data), "steps": steps, "passes": passes, "loss": loss}
     return Erasure(purified, rounds=[done])

@@ -28,6 +28,7 @@ from unplant.erasers.selection import (
     step_three,
 )
 from unplant.images import LabeledImages
+from unplant.journal import NOTHING, Journal
 from unplant.params import Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import steps_of
@@ -90,6 +91,7 @@ def pbe(
     *,
     generator: torch.Generator,
     progress: Progress | None = None,
+    journal: Journal = NOTHING,
 ) -> Erasure:
     """Erases a backdoor with nothing but the training set that may have planted it.
 
@@ -99,12 +101,13 @@ def pbe(
         config: settings.
         generator: CPU generator of all that is random.
         progress: told what is done.
+        journal: where it is written down.
 
     Returns:
         The purified model θ, and per image how suspicious it is: the loss of its label's probability from θ₀ to θ. If
         no class holds a group that hangs on its label, or all are cleared in the end, θ is θ₀ as it was.
     """
-    run = Run(infected, data, settle_ball(config, infected, data), generator, progress)
+    run = Run(infected, data, settle_ball(config, infected, data), generator, progress, journal)
     config = run.config
 
     # Initialisation: the first D_ext.
@@ -170,9 +173,11 @@ class Run:
         config: PBEConfig,
         generator: torch.Generator,
         progress: Progress | None,
+        journal: Journal = NOTHING,
     ) -> None:
         self.infected, self.data, self.config = infected, data, config
-        self.generator, self.progress = generator, progress
+        self.generator = generator
+        self.around = {"generator": generator, "progress": progress, "journal": journal}
         epoch = steps_of(1, data, config.batch_size)
         self.steps = max(50, epoch // 2) if config.steps is None else config.steps
         self.final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
@@ -206,9 +211,7 @@ class Run:
                 "trigger": lesson.trigger is not None,
             }
         )
-        return adversarial_fine_tuning(
-            start, chosen, settings, steps=steps, generator=self.generator, progress=self.progress, title=title
-        )
+        return adversarial_fine_tuning(start, chosen, settings, steps=steps, title=title, **self.around)
 
     def steps_of_round(self, number: int, lesson: Lesson) -> tuple[int, int]:
         """Adversarial and plain steps: with `epochs`, a round goes on plainly after its adversarial steps."""

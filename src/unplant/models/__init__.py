@@ -1,5 +1,6 @@
 """Architectures by id: `preact_resnet18`, `preact_resnet18:width=16`, `small_cnn`, or `path/to/file.py:factory`."""
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -45,6 +46,12 @@ def build(spec: str, *, num_classes: int, channels: int) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ModelFileError(f"architecture {spec!r} must return a torch.nn.Module, got {type(network).__name__}")
     return network
+
+
+def code_of(spec: str) -> str | None:
+    """SHA-256 of the Python file that an architecture comes from; None if it is a registered one."""
+    file = Path(spec.rpartition(":")[0])
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else None
 
 
 def _from_registry(spec: str) -> tuple[Callable[..., nn.Module], dict[str, object]]:
