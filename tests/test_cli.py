@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -239,6 +240,106 @@ def test_two_runs_give_the_same_weights(workshop, tmp_path, capsys):
     model, _ = open_classifier(tmp_path / "a", open_data(workshop / "data"))
     before, _ = open_classifier(workshop / "model.safetensors", open_data(workshop / "data"))
     assert any(not torch.equal(before.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def odd_data(workshop):
+    """The good data, but one image lies under a second label too, in a class whose name would drive a terminal."""
+    shutil.copytree(workshop / "data", workshop / "odd")
+    first = min((workshop / "odd" / "3").iterdir())
+    shutil.copy(first, workshop / "odd" / "4" / "copy\x1b[2J\udc80.png")
+    return workshop / "odd"
+
+
+@pytest.mark.parametrize("json_wanted", [True, False])
+def test_warnings_are_lines_on_standard_error_and_in_the_result(workshop, odd_data, tmp_path, capsys, json_wanted):
+    arguments = ["erase", workshop / "model.safetensors", "--suspect", odd_data, "--test", workshop / "data"]
+    code, out, err = call(capsys, *arguments, "-o", tmp_path / "out", *QUICK, *(["--json"] if json_wanted else []))
+    assert code == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    torn, shared = result["warnings"]
+    assert "2 of 201 images lie under several labels" in torn
+    assert "200 of 200 test images are in the data too" in shared
+    said = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 2
+    assert "copy\\x1b[2J\\udc80.png" in said[0]
+    assert "\x1b" not in err
+    assert "warning: " not in out
+    if json_wanted:
+        assert json.loads(out)["warnings"] == result["warnings"]
+
+
+def test_good_data_and_a_good_model_give_no_warnings(workshop, tmp_path, capsys):
+    arguments = ["erase", workshop / "model.safetensors", "--suspect", workshop / "data", "--test", "digits:train"]
+    code, out, err = call(capsys, *arguments, "-o", tmp_path / "out", *QUICK, "--json")
+    assert (code, json.loads(out)["warnings"]) == (0, [])
+    assert "warning" not in err
+
+
+def test_evaluate_warns_of_the_test_images(workshop, odd_data, capsys):
+    arguments = ["evaluate", workshop / "model.safetensors", "--test", odd_data, "--json"]
+    code, out, err = call(capsys, *arguments)
+    assert code == 0
+    (line,) = json.loads(out)["warnings"]
+    assert "several labels" in line
+    assert err.startswith("warning: 2 of 201 images")
+
+
+def test_images_that_are_all_alike_are_bad_data(workshop, tmp_path, capsys):
+    np.savez(tmp_path / "alike.npz", images=np.zeros((40, 16, 16), np.uint8), labels=np.arange(40) % 10)
+    arguments = ["erase", workshop / "model.safetensors", "--suspect", tmp_path / "alike.npz", "-o", tmp_path / "out"]
+    code, _, err = call(capsys, *arguments)
+    assert (code, "all 40 images are alike" in err) == (4, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_ends_in_softmax_is_told_of_and_erased(workshop, tmp_path, trained, capsys):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom unplant.models import build\n"
+        "def net(**size):\n    return nn.Sequential(build('small_cnn:width=8', **size), nn.Softmax(1))\n"
+    )
+    weights = torch.nn.Sequential(trained.backbone).state_dict()
+    torch.save(weights, tmp_path / "net.pth")
+    mean, std = (float(part) for part in (trained.mean, trained.std))
+    model = [tmp_path / "net.pth", "--arch", f"{tmp_path / 'net.py'}:net", "--mean", mean, "--std", std]
+    settings = ["--set", "steps=3", "--set", "warm_up=1", "--json"]
+    code, _, err = call(capsys, "erase", *model, "--clean", workshop / "data", "-o", tmp_path / "out", *settings)
+    assert code == 0
+    assert "warning: the model's outputs are probabilities" in err
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == weights.keys()
+
+
+@pytest.mark.parametrize("place", ["{d}", "{d}/erased", "{d}/3", "{d}/../data/3/x", "{z}", "{z}/x"])
+@pytest.mark.parametrize("command", ["erase", "erase --test", "plant", "gallery"])
+def test_an_output_among_the_data_is_refused_before_anything_is_written(workshop, tmp_path, capsys, place, command):
+    data = tmp_path / "data"
+    shutil.copytree(workshop / "data", data)
+    shutil.make_archive(str(data), "zip", data)
+    source = str(data) if "{d}" in place else f"{data}.zip"
+    out = place.format(d=data, z=f"{data}.zip")
+    before = everything_below(tmp_path)
+    model = workshop / "model.safetensors"
+    arguments = {
+        "erase": ["erase", model, "--suspect", source],
+        "erase --test": ["erase", model, "--suspect", workshop / "data", "--test", f"folder:{source}"],
+        "plant": ["plant", source, "--attack", "badnets"],
+        "gallery": ["gallery", source],
+    }[command]
+    code, _, err = call(capsys, *arguments, "-o", out, "--force")
+    assert (code, "apart from the data" in err) == (2, True)
+    assert len(err.strip().splitlines()) == 1
+    assert everything_below(tmp_path) == before
+
+
+def test_an_output_that_holds_the_data_is_refused(workshop, tmp_path, capsys):
+    shutil.copytree(workshop / "data", tmp_path / "run" / "suspect")
+    (tmp_path / "run" / "result.json").write_text("{}")
+    arguments = ["erase", workshop / "model.safetensors", "--suspect", tmp_path / "run" / "suspect", "--force"]
+    code, _, err = call(capsys, *arguments, "-o", tmp_path / "run")
+    assert (code, "apart from the data" in err) == (2, True)
+    assert (tmp_path / "run" / "suspect").is_dir()
 
 
 def test_the_verdict_is_said_in_words():

@@ -1,15 +1,13 @@
 """Data sources: what is read, in which order, and what is refused with the path in the message."""
 
-import io
 import os
 import shutil
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
 import torch
+from image_helpers import encoded, png
 from PIL import Image
 
 from unplant.data import digits, open_data, read_folder, read_npz, write_folder
@@ -19,12 +17,6 @@ from unplant.images import LabeledImages
 pytestmark = pytest.mark.timeout(60)
 
 RNG = np.random.default_rng(0)
-
-
-def encoded(image, kind="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def picture(value=None, size=(6, 5), mode="RGB"):
@@ -246,7 +238,7 @@ def palette_with_transparency():
         (rgba(255), (200, 100, 50), 0),
         (rgba(0), (0, 0, 0), 0),
         (rgba(51), (40, 20, 10), 1),  # a fifth
-        (encoded(picture((200, 51), mode="LA")), (40, 40, 40), 1),
+        (encoded(picture((200, 51), mode="LA")), 40, 0),
         (palette(), (255, 0, 0), 0),
         (palette_with_transparency(), (0, 0, 0), 0),
         (encoded(picture((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=100), (255, 0, 0), 3),
@@ -328,14 +320,9 @@ def test_odd_file_names_are_kept(tmp_path):
 # Bad data.
 
 
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def png_header(width, height):
     """A valid PNG of 70 bytes that claims to be that large."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return png((width, height, 8, 2, 0), b"")
 
 
 def half(content):
@@ -450,7 +437,7 @@ def a_file(root):
         (loose_images, "1 images lie outside of class folders"),
         (lambda root: tree(root, ("cat",)), "only one class folder, 'cat'"),
         (lambda root: tree(root / "train"), "only one class folder, 'train'; did you mean .*/train"),
-        (mixed_sizes, r"2 sizes \(6x5, 9x5.*--image-size"),
+        (mixed_sizes, r"several sizes: .cat/0.png. is 6x5, .cat/z.png. is 9x5; pass --image-size"),
         (link_out, "link out of"),
         (link_to_itself, "cat/z.png"),
         (fifo, "cat/z.png.*not a regular file"),

@@ -201,6 +201,7 @@ class TestContract:
             method.configure(lr=float("nan"))
 
 
+@pytest.mark.filterwarnings("ignore:with fewer than 50 images", "ignore:.* classes have fewer than 10")
 class TestApi:
     def test_needs_exactly_one_kind_of_data(self):
         data = noise()

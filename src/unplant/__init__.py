@@ -19,6 +19,7 @@ _LAZY = {
     "Journal": "unplant.journal",
     "LabeledImages": "unplant.images",
     "UnplantError": "unplant.errors",
+    "UnplantWarning": "unplant.errors",
     "evaluate": "unplant.evaluation",
     "open_data": "unplant.data",
     "pgd": "unplant.adversarial",
@@ -31,6 +32,7 @@ __all__ = [
     "Journal",
     "LabeledImages",
     "UnplantError",
+    "UnplantWarning",
     "__version__",
     "erase",
     "evaluate",
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from unplant.api import erase
     from unplant.classifier import Classifier
     from unplant.data import open_data
-    from unplant.errors import UnplantError
+    from unplant.errors import UnplantError, UnplantWarning
     from unplant.evaluation import evaluate
     from unplant.images import LabeledImages
     from unplant.journal import Journal

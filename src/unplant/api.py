@@ -1,14 +1,18 @@
 """`unplant.erase`: the whole product in one call."""
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from unplant.classifier import check_fits, check_knows
-from unplant.data import open_data
+from unplant.behaviour import check_behaviour, with_logits
+from unplant.classifier import Classifier, check_fits, check_knows
+from unplant.data import check_data, open_data
+from unplant.devices import global_state_kept
 from unplant.erasers import EraserConfig, erasers
-from unplant.errors import UsageError
+from unplant.errors import UnplantWarning, UsageError
 from unplant.journal import NOTHING, Journal
 from unplant.results import Erasure, Progress
 
@@ -26,9 +30,13 @@ def erase(
 ) -> Erasure:
     """Gives back a model without the backdoor, if there is one.
 
+    What is odd about the data or the model is told as an `UnplantWarning`. The global random state, torch's default
+    dtype, flags and grad mode are afterwards what they were, whatever the model's own code does to them.
+
     Args:
         model: any module that takes pixels (N, C, H, W) in [0, 1] and returns logits; not modified. Put a model that
-            wants normalised images into `unplant.Classifier(model, mean, std)`.
+            wants normalised images into `unplant.Classifier(model, mean, std)`. Outputs that are probabilities are
+            recognised, and taken as what they are.
         suspect: training data that may be poisoned: PBE. A path, `LabeledImages`, or any (image, label) Dataset.
         clean: data that you trust: AFT. Named, so that nobody passes untrusted data as trusted by habit.
         method: an eraser's id; default `pbe` or `aft`.
@@ -38,12 +46,13 @@ def erase(
         journal: `unplant.Journal(folder)`: where the run is written down; if it is killed, the same call goes on.
 
     Returns:
-        The purified model, the ranked suspects (PBE), and what every round did.
+        The purified model, of the given one's kind, the ranked suspects (PBE), and what every round did.
 
     Raises:
         UsageError: not exactly one of `suspect` and `clean`, or a method that needs the other one.
-        DataError: the data can't be read.
-        ModelFileError: the model doesn't return logits for these images, or knows nothing about them.
+        DataError: the data can't be read, or all images are alike.
+        ModelFileError: the model fails, doesn't return logits for these images, has no gradient for their pixels, or
+            knows nothing about them.
     """
     if (suspect is None) == (clean is None):
         raise UsageError("pass exactly one: suspect data (PBE) or clean data (AFT)")
@@ -54,8 +63,17 @@ def erase(
     if config is not None and not isinstance(config, chosen.config):
         raise UsageError(f"{chosen.name} needs a {chosen.config.__name__}, got a {type(config).__name__}")
     data = open_data(suspect if suspect is not None else clean)
-    check_fits(model, data)
-    check_knows(model, data)
-    generator = torch.Generator().manual_seed(seed)
-    around = {"generator": generator, "progress": progress, "journal": journal}
-    return chosen.run(model, data, config or chosen.configure(), **around)
+    with global_state_kept():
+        said = check_data(data)
+        check_fits(model, data)
+        scored = with_logits(model, data)
+        said += check_behaviour(scored, data)
+        check_knows(scored, data)
+        for line in said:
+            warnings.warn(line, UnplantWarning, stacklevel=2)
+        generator = torch.Generator().manual_seed(seed)
+        around = {"generator": generator, "progress": progress, "journal": journal}
+        erasure = chosen.run(scored, data, config or chosen.configure(), **around)
+    if scored is not model and isinstance(erasure.model, Classifier):
+        return replace(erasure, model=erasure.model.backbone)
+    return erasure

@@ -1,15 +1,19 @@
 """The contract of a model: float pixels (N, C, H, W) in [0, 1] in, logits (N, K) out."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from unplant.devices import Precision, autocast
+from unplant.devices import Precision, autocast, global_state_kept, is_out_of_memory
 from unplant.errors import ModelFileError
 from unplant.images import LabeledImages
+
+ENOUGH = 50
+"""With fewer images an accuracy says too little to refuse a model."""
 
 
 class Classifier(nn.Module):
@@ -19,20 +23,32 @@ class Classifier(nn.Module):
         backbone: takes normalised images (N, C, H, W), returns logits (N, K).
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
+        outputs: what the backbone returns. Of probabilities p the logits are log p, as softmax(log p) = p; a p that
+            has fallen to 0 counts as the smallest normal number, 1e-38.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        outputs: Literal["logits", "probabilities"] = "logits",
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.outputs = outputs
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1] → logits."""
-        return self.backbone((pixels - self.mean) / self.std)
+        out = self.backbone((pixels - self.mean) / self.std)
+        if self.outputs == "probabilities":
+            return out.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return out
 
 
 @contextmanager
@@ -134,6 +150,24 @@ def _pooled(layer: Tensor) -> Tensor:
     return layer.flatten(1)
 
 
+@contextmanager
+def blamed_on_the_model(doing: str) -> Iterator[None]:
+    """Turns whatever a model raises into our error: its code is the user's own.
+
+    Raises:
+        ModelFileError: the kind of the exception and its first line. Running out of memory stays what it is.
+    """
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelFileError(f"the model can't {doing}: {type(error).__name__}: {first[:300]}") from None
+
+
 def check_fits(model: nn.Module, data: LabeledImages) -> int:
     """Runs two images through the model and returns its number of classes.
 
@@ -141,20 +175,37 @@ def check_fits(model: nn.Module, data: LabeledImages) -> int:
         ModelFileError: it can't run on images of this shape, or doesn't return logits for the data's classes.
     """
     pixels = data.pixels(slice(0, 2)).to(device_of(model))
-    with frozen(model), torch.no_grad():
-        try:
-            out = model(pixels)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ModelFileError(f"the model can't run on images of shape {data.shape}: {reason}") from None
+    with (
+        global_state_kept(),
+        frozen(model),
+        torch.no_grad(),
+        blamed_on_the_model(f"run on images of shape {data.shape}"),
+    ):
+        out = model(pixels)
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pixels):
-        kind = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ModelFileError(f"the model must return logits ({len(pixels)}, K), got {kind}; wrap it so that it does")
+        raise ModelFileError(f"the model must return logits ({len(pixels)}, K), got {_kind_and_remedy(out)}")
+    if not out.is_floating_point():
+        raise ModelFileError(
+            f"the model must return logits, got whole numbers ({out.dtype}); return its scores instead"
+        )
     if not torch.isfinite(out).all():
         raise ModelFileError("the model's outputs are NaN or infinite on the first images; its weights are damaged")
     if out.shape[1] < data.num_classes:
         raise ModelFileError(f"the model has {out.shape[1]} classes, the data {data.num_classes}")
     return out.shape[1]
+
+
+def _kind_and_remedy(out: Any) -> str:
+    wrap = "wrap it in a module whose forward returns model(pixels)"
+    if isinstance(out, Tensor):
+        return f"a tensor of shape {tuple(out.shape)}; wrap it in a module that returns one row of scores an image"
+    if isinstance(out, Mapping) and "logits" in out:
+        return f"{type(out).__name__} with 'logits'; {wrap}['logits']"
+    if hasattr(out, "logits"):
+        return f"{type(out).__name__} with .logits; {wrap}.logits"
+    if isinstance(out, (tuple, list)):
+        return f"{type(out).__name__} of {len(out)}; {wrap}[0], if the logits come first"
+    return f"{type(out).__name__}; wrap it in a module whose forward returns the logits alone"
 
 
 def check_knows(model: nn.Module, data: LabeledImages) -> None:
@@ -164,9 +215,10 @@ def check_knows(model: nn.Module, data: LabeledImages) -> None:
         ModelFileError: it knows nothing about these images.
     """
     part = data.sample(1000, torch.Generator().manual_seed(0))
-    if len(part) < 50:
+    if len(part) < ENOUGH:
         return
-    accuracy = float((logits(model, part).argmax(1) == part.labels).float().mean())
+    with blamed_on_the_model("run on the data"):
+        accuracy = float((logits(model, part).argmax(1) == part.labels).float().mean())
     guess = float(torch.bincount(part.labels).max()) / len(part)
     if accuracy <= guess + 2 * math.sqrt(guess * (1 - guess) / len(part)):
         raise ModelFileError(

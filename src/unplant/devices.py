@@ -1,8 +1,11 @@
-"""Where and how precisely a model computes."""
+"""Where and how precisely a model computes, and the global state that is left as it was."""
 
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
+import numpy as np
 import torch
 
 from unplant.errors import UsageError
@@ -46,6 +49,34 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Computes matrix products and convolutions in that precision; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+@contextmanager
+def global_state_kept() -> Iterator[None]:
+    """Puts back what a user's model may change: seeds of torch, numpy, random; torch's dtype, flags and grad mode."""
+    cuda, state = torch.cuda.is_initialized(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one is meant)
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    strictness = _strictness()
+    flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda_states)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if _strictness() != strictness:  # setting it loads the compiler, which takes seconds
+            torch.use_deterministic_algorithms(strictness[0], warn_only=strictness[1])
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = flags
+
+
+def _strictness() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from unplant.errors import DataError
 
+MOST_CLASSES = 100_000
+"""Labels without class names that go beyond are no labels."""
+
 
 def to_pixels(stored: Tensor) -> Tensor:
     """Stored uint8 → float pixels in [0, 1]."""
@@ -80,9 +83,10 @@ class LabeledImages:
         if not len(pixels) or 0 in pixels.shape:
             raise DataError(f"there are no images: shape {pixels.shape}")
         if pixels.dtype.kind == "f":
-            if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+            lowest, highest = pixels.min(), pixels.max()
+            if not (lowest >= 0 and highest <= 1):  # also where they are NaN
                 raise DataError(
-                    f"float images must lie in [0, 1], got {np.nanmin(pixels):g}..{np.nanmax(pixels):g}; "
+                    f"float images must lie in [0, 1], got {lowest:g}..{highest:g}; "
                     "undo the normalisation (mean and std belong to the model), or pass uint8"
                 )
             stored = to_stored(torch.from_numpy(np.require(pixels, requirements=["C", "W"])))
@@ -93,6 +97,8 @@ class LabeledImages:
         numbers = np.asarray(labels)
         if numbers.dtype.kind not in "iu" or numbers.shape != (len(stored),):
             raise DataError(f"labels must be {len(stored)} whole numbers, got {numbers.dtype} {numbers.shape}")
+        if not classes and int(numbers.max()) >= MOST_CLASSES:
+            raise DataError(f"labels must count classes from 0, got {int(numbers.max())}; name the classes if so many")
         names = tuple(classes) if classes else tuple(str(k) for k in range(int(numbers.max()) + 1))
         return cls(stored, torch.from_numpy(numbers.astype(np.int64)), names)
 

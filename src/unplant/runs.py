@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from unplant import __version__
+from unplant.behaviour import with_logits
 from unplant.classifier import Classifier, check_fits
 from unplant.errors import ModelFileError, UsageError
 from unplant.files import check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
@@ -87,7 +88,8 @@ def open_classifier(
 ) -> tuple[Classifier, ModelCard]:
     """The classifier in a file, and its card; files that Unplant wrote say themselves what they need.
 
-    A file can name a registered architecture only: Python files are run only if the user names them.
+    A file can name a registered architecture only: Python files are run only if the user names them. A network that
+    ends in softmax gets `outputs="probabilities"`.
 
     Args:
         path: a file of weights, or a folder with `model.safetensors`.
@@ -126,6 +128,8 @@ def open_classifier(
     load_into(backbone, checkpoint)
     model = Classifier(backbone, card.mean, card.std).eval()
     check_fits(model, data)
+    if with_logits(model, data) is not model:
+        model.outputs = "probabilities"
     return model, card
 
 

@@ -63,6 +63,21 @@ def read(
     return data.sample(max_images, torch.Generator().manual_seed(seed)) if max_images else data
 
 
+def check_apart(out: Path, *sources: str | None) -> None:
+    """Refuses an output folder that is a data source, lies in one (it would become a class of it) or holds one.
+
+    Raises:
+        UsageError: it does.
+    """
+    place = out.resolve()
+    for source in sources:
+        path = Path((source or "").removeprefix("folder:").removeprefix("npz:")).resolve()
+        if not source or not (path.exists() or ".zip" in source.lower()):
+            continue
+        if place.is_relative_to(path) or path.is_relative_to(place):
+            raise UsageError(f"-o {out} and the data {source} lie in each other; choose a folder apart from the data")
+
+
 def parse_labels(text: str | None) -> tuple[int, ...] | None:
     """`1,2` → (1, 2)."""
     if text is None:

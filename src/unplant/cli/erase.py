@@ -5,11 +5,21 @@ from typing import Any
 
 import torch
 
+from unplant.behaviour import check_behaviour
 from unplant.classifier import check_knows
-from unplant.cli.common import open_journal, parse_numbers, read, read_attack, save_pictures, set_threads
+from unplant.cli.common import (
+    check_apart,
+    open_journal,
+    parse_numbers,
+    read,
+    read_attack,
+    save_pictures,
+    set_threads,
+)
 from unplant.cli.evaluate import scores_table
-from unplant.cli.output import emit, progress_bar, say, show, verdict
-from unplant.devices import pick_device, pick_precision
+from unplant.cli.output import emit, progress_bar, say, say_warnings, show, verdict
+from unplant.data import check_data
+from unplant.devices import global_state_kept, pick_device, pick_precision
 from unplant.erasers import erasers
 from unplant.errors import UsageError
 from unplant.evaluation import evaluate
@@ -18,6 +28,7 @@ from unplant.params import parse_settings
 from unplant.runs import open_classifier, save_erasure
 
 
+@global_state_kept()
 def run(
     *, model: Path, out: Path, suspect: str | None, clean: str | None, arch: str | None, method: str | None,
     preset: str, settings: list[str] | None, eps: str | None, test: str | None, attack: str | None, target: int,
@@ -36,6 +47,7 @@ def run(
         raise UsageError(f"{chosen.name} needs --{chosen.needs} DATA")
     if out.absolute() == model.absolute() or out.absolute() in model.absolute().parents:
         raise UsageError(f"-o {out} would replace the model itself; choose another folder")
+    check_apart(out, source, test)
     set_threads(threads)
     where = pick_device(device)
     wishes = {"precision": pick_precision(precision, where), **parse_settings(settings or [])}
@@ -48,12 +60,15 @@ def run(
     with output as folder:
         data = read(source, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
         test_data = read(test, image_size=image_size, skip_bad=skip_bad_images) if test else None
+        warnings = check_data(data, test_data, batch_size=config.batch_size)
         means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
         infected, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
         infected.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = data.with_classes(card.classes)
         test_data = test_data.with_classes(card.classes) if test_data is not None else None
+        warnings += check_behaviour(infected, data)
         check_knows(infected, data)
+        say_warnings(warnings)
         with progress_bar() as progress:
             generator = torch.Generator().manual_seed(seed)
             around = {"progress": progress, "journal": open_journal(output, card, save_every)}
@@ -64,6 +79,7 @@ def run(
             "seed": seed,
             "model": str(model),
             "data": source,
+            "warnings": warnings,
         }
         before = evaluate(infected, test_data, known) if test_data is not None else None
         after = evaluate(erasure.model, test_data, known) if test_data is not None else None

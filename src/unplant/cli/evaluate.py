@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.table import Table
 
 from unplant.cli.common import parse_numbers, read, read_attack, set_threads
-from unplant.cli.output import emit, percent, show
+from unplant.cli.output import emit, percent, say_warnings, show
+from unplant.data import check_data
 from unplant.devices import pick_device
 from unplant.evaluation import evaluate
 from unplant.results import Scores
@@ -22,13 +23,15 @@ def run(
     where = pick_device(device)
     known = read_attack(attack, target=target, all_to_all=all_to_all)
     data = read(test, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
+    warnings = check_data(data)
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     classifier, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
     data = data.with_classes(card.classes)
+    say_warnings(warnings)
     scores = evaluate(classifier.to(where), data, known)
     if json:
         about = {"model": str(model), "arch": card.arch, "test": data.fingerprint(), "environment": environment()}
-        emit({"command": "evaluate", **about, "scores": scores.to_json()})
+        emit({"command": "evaluate", **about, "warnings": warnings, "scores": scores.to_json()})
         return
     show(scores_table({str(model): scores}))
 

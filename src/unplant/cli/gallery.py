@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from unplant.cli.common import read, read_attack, set_threads
+from unplant.cli.common import check_apart, read, read_attack, set_threads
 from unplant.cli.output import emit, progress_bar, say, show
 from unplant.files import OutputFolder, write_atomically
 from unplant.gallery import exhibit, number, overview, page
@@ -17,6 +17,7 @@ def run(
     image_size: str | None, threads: int | None, force: bool, json: bool,
 ) -> None:  # fmt: skip
     """Writes `index.html`, one picture an attack and one of all."""
+    check_apart(out, data)
     set_threads(threads)
     planned = [read_attack(spec, target=target, all_to_all=False) for spec in attack or sorted(triggers)]
     with OutputFolder(out, force=force) as folder:

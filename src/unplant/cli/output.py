@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from unplant.errors import printable
 from unplant.results import Findings
 from unplant.results import Progress as Callback
 
@@ -18,7 +19,13 @@ console = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """One line for people."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def say_warnings(lines: Sequence[str]) -> None:
+    """One line each, on standard error."""
+    for line in lines:
+        say(f"warning: {line}")
 
 
 def show(table: Table) -> None:
@@ -28,7 +35,9 @@ def show(table: Table) -> None:
 
 def emit(values: dict[str, Any]) -> None:
     """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+    text = json.dumps(values, ensure_ascii=False)
+    # A path's undecodable bytes are lone surrogates, which no stream takes; as an escape they are JSON too.
+    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from unplant.cache import plant_cached
-from unplant.cli.common import open_journal, parse_labels, read, set_threads
+from unplant.cli.common import check_apart, open_journal, parse_labels, read, set_threads
 from unplant.cli.output import emit, percent, progress_bar, say
 from unplant.data import write_folder
 from unplant.devices import pick_device, pick_precision
@@ -27,6 +27,7 @@ def run(
     device: str, precision: str, threads: int | None, save_every: float, force: bool, json: bool,
 ) -> None:  # fmt: skip
     """Writes `model.safetensors`, `suspect/` (all that a defender may see) and `truth/` (what it may not)."""
+    check_apart(out, data, test)
     set_threads(threads)
     where = pick_device(device)
     label_map = "all-to-all" if all_to_all else "all-to-one"

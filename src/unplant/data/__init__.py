@@ -3,16 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from unplant.data.checks import check_data
 from unplant.data.digits import digits
 from unplant.data.folder import read_folder, write_folder
 from unplant.data.npz import read_npz
 from unplant.errors import DataError
 from unplant.images import LabeledImages
+from unplant.limits import DEFAULT, Limits
 
-__all__ = ["digits", "open_data", "read_folder", "read_npz", "write_folder"]
+__all__ = ["check_data", "digits", "open_data", "read_folder", "read_npz", "write_folder"]
 
 
-def open_data(source: Any, *, image_size: tuple[int, int] | None = None, skip_bad: bool = False) -> LabeledImages:
+def open_data(
+    source: Any, *, image_size: tuple[int, int] | None = None, skip_bad: bool = False, limits: Limits = DEFAULT
+) -> LabeledImages:
     """Images from where `source` says.
 
     Args:
@@ -21,9 +25,10 @@ def open_data(source: Any, *, image_size: tuple[int, int] | None = None, skip_ba
             `.npz`; `LabeledImages`; any object with a length and (image, label) items.
         image_size: (H, W) to which every image is resized; None: all images must have one size.
         skip_bad: go on without broken images, if they are at most 1 %.
+        limits: how much is read of folders, zips and `.npz` files.
 
     Raises:
-        DataError: there is nothing to read, or it can't be read.
+        DataError: there is nothing to read, it can't be read, or it is more than the limits allow.
     """
     if isinstance(source, LabeledImages):
         return source
@@ -40,5 +45,5 @@ def open_data(source: Any, *, image_size: tuple[int, int] | None = None, skip_ba
     scheme, colon, rest = text.partition(":")
     path = Path(rest) if colon and scheme in {"folder", "npz"} else Path(text)
     if scheme == "npz" or path.suffix == ".npz":
-        return read_npz(path)
-    return read_folder(path, image_size=image_size, skip_bad=skip_bad)
+        return read_npz(path, limits=limits)
+    return read_folder(path, image_size=image_size, skip_bad=skip_bad, limits=limits)
