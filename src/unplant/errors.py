@@ -1,10 +1,31 @@
 """Errors that users can cause and mend. Each class knows the exit code of the command line."""
 
 
+def printable(text: str) -> str:
+    r"""The text with everything escaped that isn't seen when printed: terminals obey what hostile files say.
+
+    >>> printable("net\x1b[31m.weight\u202e\n")
+    'net\\x1b[31m.weight\\u202e\\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object, length: int = 80) -> str:
+    """A text from a file (or the message of an error on one) as it may stand in a message: one line, cut, escaped."""
+    text = " ".join(str(value)[: 4 * length].split()) if isinstance(value, (str, BaseException)) else ""
+    text = printable(text or type(value).__name__)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 class UnplantError(Exception):
     """Any error with a cause outside Unplant; its text is one line: what was expected, what came, what to do."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(UnplantError):
