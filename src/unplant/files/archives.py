@@ -166,13 +166,14 @@ def _entry(path: Path, archive: zipfile.ZipFile, name: str, size: int | None = N
 def _from_legacy(path: Path, file: BinaryIO, limits: Limits) -> Pickled:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    reader = PickleReader(path, file, limits)
+    stream = io.BytesIO(file.read(limits.pickle_bytes))
+    reader = PickleReader(path, stream, limits, cut=size > limits.pickle_bytes)
     if reader.read() != MAGIC or reader.read() != PROTOCOL:
         raise ModelFileError(f"{path} is damaged or no torch checkpoint: it is a pickle that torch didn't write")
     system, root, keys = reader.read(), reader.read(), reader.read()
     if isinstance(system, Dict) and ("little_endian", False) in system.pairs:
         raise ModelFileError(f"{path} was written on a big-endian machine; save it again on a usual one")
-    places = _legacy_places(path, file, size, reader, keys)
+    places = _legacy_places(path, file, size, reader, keys)  # from where the last pickle ended
 
     def read(storage: Storage) -> Tensor:
         if storage.key not in places or places[storage.key][1] != storage.nbytes:
@@ -194,7 +195,7 @@ def _legacy_places(path: Path, file: BinaryIO, size: int, reader: PickleReader, 
             storage = storage_of(node)
             declared.setdefault(storage.key, storage)
     places: dict[str, tuple[int, int]] = {}
-    place = file.tell()
+    place = reader.stream.tell()
     if not isinstance(keys, list):
         raise ModelFileError(f"{path} is damaged: its list of storages is missing")
     for key in keys:

@@ -11,8 +11,9 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from unplant.errors import ModelFileError
 from unplant.limits import DEFAULT, Limits
@@ -65,42 +66,23 @@ class Stored:
     id: Any
 
 
-class _Window:
-    """The next `size` bytes of a file; reading on is an error, and no more is ever allocated."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.left = file, size
-
-    def read(self, size: int) -> bytes:
-        return self._count(self.file.read(min(size, self.left + 1)))
-
-    def readline(self) -> bytes:
-        return self._count(self.file.readline(self.left + 1))
-
-    def _count(self, data: bytes) -> bytes:
-        self.left -= len(data)
-        if self.left < 0:
-            raise _TooMuchError
-        return data
-
-
-class _TooMuchError(Exception):
-    pass
-
-
 class PickleReader:
-    """Reads the pickles that follow one another in a file; the limits hold for all of them together.
+    """Reads the pickles that follow one another in a stream; the limit of instructions holds for all of them together.
+
+    Args:
+        path: for errors.
+        stream: at most `limits.pickle_bytes` in memory.
+        cut: whether the file goes on behind the stream.
 
     Attributes:
         names: what the pickles would import, in order.
         stored: what they name outside of themselves, in order.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, limits: Limits = DEFAULT) -> None:
-        self.path, self.limits = path, limits
+    def __init__(self, path: Path, stream: BytesIO, limits: Limits = DEFAULT, *, cut: bool = False) -> None:
+        self.path, self.stream, self.limits, self._cut = path, stream, limits, cut
         self.names: dict[Name, None] = {}
         self.stored: list[Stored] = []
-        self._window = _Window(file, limits.pickle_bytes)
         self._opcodes = 0
 
     def read(self) -> Any:
@@ -115,31 +97,28 @@ class PickleReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # wrong escapes in the strings of old protocols
                 return self._run()
-        except _TooMuchError:
-            raise ModelFileError(
-                f"{self.path}: its pickle has more than {self.limits.pickle_bytes:,} bytes or never ends; "
-                "raise --limit pickle_bytes=N if you trust it"
-            ) from None
         except BROKEN as error:
+            if self._cut and self.stream.read(1) == b"":
+                raise ModelFileError(
+                    f"{self.path}: its pickle has more than {self.limits.pickle_bytes:,} bytes or never ends; "
+                    "raise --limit pickle_bytes=N if you trust it"
+                ) from None
             raise ModelFileError(f"{self.path} is damaged or no torch checkpoint: {str(error)[:80]}") from None
 
     def _run(self) -> Any:
-        machine, most = _Machine(self), self.limits.pickle_opcodes
-        for opcode, argument, _ in pickletools.genops(self._window):  # type: ignore[arg-type]
-            self._opcodes += 1
-            if self._opcodes > most:
+        machine, most, seen = _Machine(self), self.limits.pickle_opcodes, self._opcodes
+        for opcode, argument, _ in pickletools.genops(self.stream):
+            seen += 1
+            if seen > most:
                 raise ModelFileError(
                     f"{self.path}: its pickle has more than {most:,} instructions; "
                     "raise --limit pickle_opcodes=N if you trust it"
                 )
-            if opcode.name in _VALUES:
-                machine.stack.append(argument)
-            elif opcode.name in _CONSTANTS:
-                machine.stack.append(_CONSTANTS[opcode.name]())
-            elif opcode.name in _STEPS:
-                _STEPS[opcode.name](machine, argument)
-            elif opcode.name not in _IGNORED:
+            step = _STEPS.get(opcode.name)
+            if step is None:
                 raise ValueError(f"the instruction {opcode.name}, which torch never writes")
+            step(machine, argument)
+        self._opcodes = seen
         return machine.pop()
 
 
@@ -180,6 +159,9 @@ class _Machine:
 
     def remember(self, index: int | None) -> None:
         self.memo[len(self.memo) if index is None else index] = self.top()
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
     def recall(self, index: int) -> None:
         self.stack.append(self.memo[index])
@@ -238,25 +220,22 @@ def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
 
 SET, FROZEN_SET = Name("builtins", "set"), Name("builtins", "frozenset")
 
-_IGNORED = {"PROTO", "FRAME", "STOP"}
-
-_VALUES = {
+_VALUES = (
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-}
-
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": lambda: Dict([]),
-    "EMPTY_SET": lambda: Call(SET, ()),
-}
+)
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
+    **dict.fromkeys(_VALUES, _Machine.push),
+    "NONE": _Machine.push,
+    "NEWTRUE": lambda m, _: m.stack.append(True),
+    "NEWFALSE": lambda m, _: m.stack.append(False),
+    "EMPTY_LIST": lambda m, _: m.stack.append([]),
+    "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
+    "EMPTY_DICT": lambda m, _: m.stack.append(Dict([])),
+    "EMPTY_SET": lambda m, _: m.stack.append(Call(SET, ())),
     "MARK": _Machine.mark,
     "POP": _Machine.drop,
     "POP_MARK": lambda m, _: m.pop_marked().clear(),
