@@ -135,9 +135,9 @@ class _Machine:
         return self.stack.pop()
 
     def top(self) -> Any:
-        value = self.pop()
-        self.stack.append(value)
-        return value
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise ValueError("a value is missing")
+        return self.stack[-1]
 
     def pop_marked(self) -> list[Any]:
         start = self.marks.pop()
@@ -165,6 +165,13 @@ class _Machine:
 
     def recall(self, index: int) -> None:
         self.stack.append(self.memo[index])
+
+    def append(self, _: Any) -> None:
+        item, target = self.pop(), self.top()
+        if isinstance(target, list):
+            target.append(item)
+        else:
+            self.extend([item])
 
     def extend(self, items: list[Any]) -> None:
         target = self.top()
@@ -248,7 +255,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "DICT": lambda m, _: m.stack.append(Dict(_pairs(m.pop_marked()))),
     "FROZENSET": lambda m, _: m.stack.append(Call(FROZEN_SET, (), items=m.pop_marked())),
     "BYTEARRAY8": lambda m, value: m.stack.append(bytes(value)),
-    "APPEND": lambda m, _: m.extend([m.pop()]),
+    "APPEND": _Machine.append,
     "APPENDS": lambda m, _: m.extend(m.pop_marked()),
     "ADDITEMS": lambda m, _: m.extend(m.pop_marked()),
     "SETITEM": lambda m, _: m.set_items(list(m.take(2))),
