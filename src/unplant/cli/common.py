@@ -9,6 +9,8 @@ from unplant.data import open_data
 from unplant.errors import UsageError
 from unplant.files import write_atomically
 from unplant.images import LabeledImages
+from unplant.limits import DEFAULT, Limits
+from unplant.params import parse_settings
 from unplant.poisoning import Attack, parse_attack
 from unplant.results import Erasure
 
@@ -43,11 +45,22 @@ def parse_numbers(name: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def read(
-    source: str, *, image_size: str | None, skip_bad: bool, max_images: int | None = None, seed: int = 0
+    source: str,
+    *,
+    image_size: str | None,
+    skip_bad: bool,
+    max_images: int | None = None,
+    seed: int = 0,
+    limits: Limits = DEFAULT,
 ) -> LabeledImages:
     """Opens a data set, or a random part of it."""
-    data = open_data(source, image_size=parse_size(image_size), skip_bad=skip_bad)
+    data = open_data(source, image_size=parse_size(image_size), skip_bad=skip_bad, limits=limits)
     return data.sample(max_images, torch.Generator().manual_seed(seed)) if max_images else data
+
+
+def parse_limits(pairs: list[str] | None) -> Limits:
+    """`["tensors=1e6"]` → the default limits but for that one."""
+    return Limits(**parse_settings(pairs or []))
 
 
 def parse_labels(text: str | None) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from unplant.errors import printable
 from unplant.results import Findings
 from unplant.results import Progress as Callback
 
@@ -17,8 +18,8 @@ console = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """One line for people."""
-    console.print(text, markup=False, soft_wrap=True)
+    """One line for people; texts from files in it can't control the terminal."""
+    console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def show(table: Table) -> None:

@@ -8,11 +8,18 @@ from unplant.data.folder import read_folder, write_folder
 from unplant.data.npz import read_npz
 from unplant.errors import DataError
 from unplant.images import LabeledImages
+from unplant.limits import DEFAULT, Limits
 
 __all__ = ["digits", "open_data", "read_folder", "read_npz", "write_folder"]
 
 
-def open_data(source: Any, *, image_size: tuple[int, int] | None = None, skip_bad: bool = False) -> LabeledImages:
+def open_data(
+    source: Any,
+    *,
+    image_size: tuple[int, int] | None = None,
+    skip_bad: bool = False,
+    limits: Limits = DEFAULT,
+) -> LabeledImages:
     """Images from where `source` says.
 
     Args:
@@ -21,6 +28,7 @@ def open_data(source: Any, *, image_size: tuple[int, int] | None = None, skip_ba
             `.npz`; `LabeledImages`; any object with a length and (image, label) items.
         image_size: (H, W) to which every image is resized; None: all images must have one size.
         skip_bad: go on without broken images, if they are at most 1 %.
+        limits: on the files.
 
     Raises:
         DataError: there is nothing to read, or it can't be read.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from unplant.errors import ModelFileError, shown
-from unplant.files.pickles import Dict, Name, PickleReader
+from unplant.files.nodes import Dict, Name
+from unplant.files.pickles import PickleReader
 from unplant.files.tensors import Storage, storage_of
 from unplant.limits import Limits
 
@@ -157,13 +158,11 @@ def _entry(path: Path, archive: zipfile.ZipFile, name: str, size: int | None = N
     except zipfile.BadZipFile as error:
         if "CRC" not in str(error):
             raise
-        raise ModelFileError(
-            f"{path} is damaged: the checksum of {shown(name)} is wrong; download it again"
-        ) from None
+        raise ModelFileError(f"{path} is damaged: the checksum of {shown(name)} is wrong; download it again") from None
     return buffer if place == len(buffer) else buffer[:place]
 
 
-def _from_legacy(path: Path, file: BinaryIO, limits: Limits) -> Pickled:
+def _from_legacy(path: Path, file: io.BufferedReader, limits: Limits) -> Pickled:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     stream = io.BytesIO(file.read(limits.pickle_bytes))
@@ -187,7 +186,9 @@ def _from_legacy(path: Path, file: BinaryIO, limits: Limits) -> Pickled:
     return Pickled("torch legacy", root, tuple(reader.names), read, lambda: None)
 
 
-def _legacy_places(path: Path, file: BinaryIO, size: int, reader: PickleReader, keys: Any) -> dict[str, tuple[int, int]]:
+def _legacy_places(
+    path: Path, file: BinaryIO, size: int, reader: PickleReader, keys: Any
+) -> dict[str, tuple[int, int]]:
     """Begin and length in bytes of each storage; the last one must end where the file ends."""
     declared: dict[str, Storage] = {}
     for node in reader.stored:

@@ -18,7 +18,7 @@ from torch import Tensor
 from unplant.errors import ModelFileError, shown
 from unplant.files.archives import Pickled, open_pickled
 from unplant.files.names import by_kind
-from unplant.files.pickles import Name
+from unplant.files.nodes import Name
 from unplant.files.safe import is_safetensors, read_safetensors
 from unplant.files.skeletons import find_weights
 from unplant.files.tensors import Builder, View, view
@@ -75,7 +75,9 @@ def salvage(path: Path, key: str | None = None, limits: Limits = DEFAULT) -> dic
     """The tensors of a file by key, whatever else it names: of whole modules too, as nothing but tensors is made.
 
     Args:
+        path: any model file.
         key: of the dictionary in the file, where the tensors are; default: as `load_checkpoint` finds them.
+        limits: on the file.
 
     Raises:
         ModelFileError: missing, damaged, over the limits, or no weights in it.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-from unplant.files.pickles import Name
+from unplant.files.nodes import Name
 
 Kind = Literal["tensor", "harmless", "runs code", "unknown"]
 

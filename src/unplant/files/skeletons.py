@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from unplant.errors import ModelFileError, shown
-from unplant.files.pickles import Call, Dict, Name
+from unplant.files.nodes import Call, Dict, Name
 from unplant.files.tensors import is_tensor
 from unplant.limits import DEFAULT, Limits
 
@@ -23,6 +23,7 @@ def find_weights(path: Path, root: Any, key: str | None = None, limits: Limits =
         path: for errors.
         root: what was saved.
         key: of the dictionary that was saved, where the weights are; default: itself, or the one known wrapper in it.
+        limits: on the number of tensors.
 
     Raises:
         ModelFileError: no weights, or several candidates.

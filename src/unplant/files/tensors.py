@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unplant.errors import ModelFileError
-from unplant.files.pickles import Call, Name, Stored
+from unplant.files.nodes import Call, Name, Stored
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -115,6 +115,7 @@ def view(where: str, node: Any) -> View:
 
     Args:
         where: file and key, for errors.
+        node: one of which `is_tensor` is true.
 
     Raises:
         ModelFileError: not dense, without data, or it claims more than its storage has.

@@ -58,10 +58,26 @@ def load_into(network: nn.Module, checkpoint: Checkpoint) -> None:
             "save float weights"
         )
     cast = {key: value.to(own[key].dtype) for key, value in weights.items()}
-    broken = [key for key, value in cast.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if broken:
-        raise ModelFileError(f"{checkpoint.path} has NaN or infinite weights in {_listed(broken)}")
+    check_finite(checkpoint.path, cast)
     network.load_state_dict(cast, strict=False)
+
+
+def check_finite(path: Path, weights: dict[str, Tensor]) -> None:
+    """Refuses weights that hold NaN or infinity.
+
+    Raises:
+        ModelFileError: with the first ten such keys.
+    """
+    broken = [key for key, value in weights.items() if not _finite(value)]
+    if broken:
+        raise ModelFileError(f"{path} has NaN or infinite weights in {_listed(broken)}")
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    wide = value.float() if value.dtype.itemsize == 1 else value  # torch can't ask numbers of eight bits
+    return bool(torch.isfinite(wide).all())
 
 
 def save_weights(path: Path, network: nn.Module, metadata: dict[str, Any]) -> None:
@@ -73,7 +89,7 @@ def save_weights(path: Path, network: nn.Module, metadata: dict[str, Any]) -> No
     """
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     for key, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if not _finite(value):
             raise ModelFileError(f"{key} holds NaN or infinity; {path} is not written")
     content = safetensors.torch.save(weights, metadata={"format": "pt", "unplant": json.dumps(metadata)})
     write_atomically(path, _ordered(content))
