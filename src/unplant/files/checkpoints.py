@@ -10,6 +10,7 @@ and their bytes are copied (`archives`).
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ _FOREIGN = {
     b"\x08\x08": "an ONNX model",
 }
 
-_COPIES = 10
-"""Tensors may share storages, but not claim more than this many times the file's size together."""
+_COPIES = 100
+"""Tensors may share storages (layers that are used several times do), but all together not claim more than this many
+times the file's size, as each gets bytes of its own when it is saved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +131,14 @@ def check_names(path: Path, names: tuple[Name, ...]) -> None:
         ModelFileError: with the first five such names, what runs code before what is unknown.
     """
     kinds = by_kind(names)
-    foreign = kinds["runs code"] + kinds["unknown"]
+    foreign = [f"{shown(name, 50)} (known to run code)" for name in kinds["runs code"][:5]]
+    foreign += [shown(name) for name in kinds["unknown"][:5]]
     if foreign:
-        verb = "are known to run code" if kinds["runs code"] else "could run code"
-        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        left = len(kinds["runs code"]) + len(kinds["unknown"]) - 5
         raise ModelFileError(
-            f"{path} is not loaded: besides tensors it names {', '.join(shown(name) for name in foreign[:5])}{more}, "
-            f"which {verb}; `unplant inspect {path} --weights OUT.safetensors` writes its tensors and runs nothing"
+            f"{path} is not loaded: besides tensors it names {', '.join(foreign[:5])}"
+            f"{f' and {left} more' if left > 0 else ''}, which weights don't need and other programs would run; "
+            f"`unplant inspect {quote(str(path))} --weights OUT.safetensors` writes its tensors and runs nothing"
         )
 
 

@@ -66,9 +66,10 @@ _RUNNING = {
 
 _RUNNING_BELOW = (
     *("numpy.testing", "numpy.f2py", "numpy.load", "numpy.ctypeslib", "torch.hub", "torch.jit", "torch.serialization"),
-    *("torch.load", "torch.ops", "torch.fx", "torch.utils", "torch._dynamo", "torch._inductor", "torch.distributed"),
-    *("torch.package", "torch.classes", "torch.multiprocessing", "torch.storage._load_from_bytes", "pandas.eval"),
-    *("pandas.io", "pandas.read_pickle", "scipy.weave"),
+    *("torch.load", "torch.ops", "torch.classes", "torch.fx", "torch._dynamo", "torch._inductor", "torch.package"),
+    *("torch.utils.bottleneck", "torch.utils.collect_env", "torch.utils.cpp_extension", "torch.utils.model_zoo"),
+    *("torch.utils._config_module", "torch.utils.data.datapipes", "torch.distributed.rpc", "torch.multiprocessing"),
+    *("torch.storage._load_from_bytes", "pandas.eval", "pandas.io", "pandas.read_pickle"),
 )
 
 

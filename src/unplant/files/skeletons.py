@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from unplant.errors import ModelFileError, shown
@@ -44,7 +45,7 @@ def find_weights(path: Path, root: Any, key: str | None = None, limits: Limits =
         if len(found) > 1:
             raise ModelFileError(
                 f"{path} holds several models ({', '.join(found)}); save the one you mean by itself: "
-                f"unplant inspect {path} --key {found[0]} --weights OUT.safetensors"
+                f"unplant inspect {quote(str(path))} --key {found[0]} --weights OUT.safetensors"
             )
         if not found:
             raise ModelFileError(f"{path} has no weights that unplant recognises; its keys are: {_keys(pairs)}")

@@ -147,6 +147,8 @@ def _view(where: str, node: Call) -> View:
         raise ModelFileError(f"{where} {_OTHERS[maker]}")
     if not isinstance(node.args, tuple) or not _MAKERS[maker] <= len(node.args) <= _MAKERS[maker] + 1:
         raise ValueError("wrong arguments for a tensor")
+    if node.args[_MAKERS[maker] :] not in ((), (None,)):
+        raise ModelFileError(f"{where} is negated or conjugated when it is read; save it after .resolve_neg()")
     storage = storage_of(node.args[0])
     dtype = storage.dtype if maker != "_rebuild_tensor_v3" else _DTYPES[_torch_name(node.args[6])]
     offset, shape, strides = _whole(node.args[1]), _wholes(node.args[2]), _wholes(node.args[3])
