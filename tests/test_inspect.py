@@ -108,6 +108,8 @@ def test_one_of_several_models_is_chosen_by_key(tmp_path, capsys):
     torch.save({"net": {"w": torch.zeros(2)}, "model": nn.Linear(3, 1)}, path)
     code, found, err = report(capsys, path)
     assert (code, found["candidates"], found["tensors"]) == (3, ["net", "model"], 0)
+    assert "several models (net, model)" in found["problem"]
+    assert "tensors     none: " in call(capsys, "inspect", path)[1]
     code, _, err = call(capsys, "inspect", path, "--weights", out)
     assert (code, "several models (net, model)" in err, out.exists()) == (3, True, False)
     code, found, _ = report(capsys, path, "--key", "model")

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ class Report:
     Attributes:
         cause: why `erase` would refuse the file; None: it would load it.
         tensors: dtype and shape by key.
+        problem: what kept the report from going on, often the cause itself.
     """
 
     path: Path
@@ -42,6 +42,7 @@ class Report:
     candidates: list[str] = field(default_factory=list)
     names: dict[str, list[str]] = field(default_factory=dict)
     checksums: str = "not reached"
+    problem: str | None = None
 
 
 def run(*, model: Path, weights: Path | None, key: str | None, limit: list[str] | None, json: bool) -> None:
@@ -73,7 +74,7 @@ def run(*, model: Path, weights: Path | None, key: str | None, limit: list[str] 
 def examine(path: Path, key: str | None, limits: Limits) -> Report:
     """Finds out as much as can be read; what refuses the file is the report's cause."""
     report = Report(path, _cause(path, limits))
-    with suppress(ModelFileError):
+    try:
         path = regular_file(path, limits)
         report.size = path.stat().st_size
         report.format = format_of(path)
@@ -81,6 +82,8 @@ def examine(path: Path, key: str | None, limits: Limits) -> Report:
             _add_safetensors(report, path, limits)
         else:
             _add_pickled(report, path, key, limits)
+    except ModelFileError as error:
+        report.problem = str(error)
     return report
 
 
@@ -133,6 +136,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "bytes": report.size,
         "loads": report.cause is None,
         "cause": report.cause,
+        "problem": report.problem,
         "tensors": len(report.tensors),
         "numbers": sum(math.prod(shape) for _, shape in report.tensors.values()),
         "dtypes": dict(Counter(dtype for dtype, _ in report.tensors.values())),
@@ -170,6 +174,8 @@ def lines(report: Report) -> Iterator[tuple[str, str]]:
             yield "first keys" if place == 0 else "", f"{one['key']} {one['dtype']} {tuple(one['shape'])}"
         if guess := guessed_classes(report):
             yield "classes", f"{guess[0]}? (a guess: the rows of the last matrix, {shown(guess[1])})"
+    elif report.problem is not None and report.problem != report.cause:
+        yield "tensors", f"none: {report.problem}"
     if "arch" in values["card"]:
         yield "card", f"architecture {values['card']['arch']}"
     if classes := values["card"].get("classes"):
