@@ -717,6 +717,8 @@ def bombs():
     yield "exponential key", zipped(EXPONENTIAL_KEY)
     yield "exponential key, legacy", legacy(EXPONENTIAL_KEY)
     yield "memo at 2^32", zipped(b"\x80\2Nr\xff\xff\xff\xff" * 1000 + b".")
+    colliding = (b"p%d\n" % (k * (2**61 - 1)) for k in range(300_000))  # all have the hash 0 in Python
+    yield "memo of colliding numbers", zipped(b"\x80\2N" + b"".join(colliding) + b".")
     yield "header of 100 MB", struct.pack("<Q", 10**8) + b"{" + b" " * 10**8
     yield "header of small things", safe(b"{" + b'"a":{},' * 2_300_000 + b'"b":0}')
     yield "10^7 instructions", zipped(b"\x80\2" + b"N0" * 5_000_000 + b".")

@@ -83,7 +83,7 @@ class _Machine:
         self.reader = reader
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[str, Any] = {}  # by text: whole numbers can be chosen so that their hashes collide
 
     def pop(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
@@ -114,13 +114,13 @@ class _Machine:
         self.marks.append(len(self.stack))
 
     def remember(self, index: int | None) -> None:
-        self.memo[len(self.memo) if index is None else index] = self.top()
+        self.memo[str(len(self.memo) if index is None else index)] = self.top()
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
     def recall(self, index: int) -> None:
-        self.stack.append(self.memo[index])
+        self.stack.append(self.memo[str(index)])
 
     def append(self, _: Any) -> None:
         item, target = self.pop(), self.top()
