@@ -1,6 +1,5 @@
 """Untrusted model files, and writing that never leaves half a file."""
 
-import argparse
 import errno
 import io
 import json
@@ -349,10 +348,7 @@ BAD_CONTENT = {
     "exported program format": (rezipped(ZIP, extra=("archive/archive_format",)), "exported program"),
     "plain pickle": (pickle.dumps({"w": 1}), "damaged or no torch checkpoint"),
     "whole module": (saved(nn.Linear(2, 2)), "names torch.nn.modules.linear.Linear"),
-    "whole module, legacy": (saved(nn.Linear(2, 2), new_format=False), "path"),
-    "numpy scalar": (saved({"net": STATE, "acc": np.float64(0.5)}), "numpy"),
-    "namespace": (saved({"net": STATE, "args": argparse.Namespace(lr=1)}), "names argparse.Namespace"),
-    "path object": (saved({"net": STATE, "data": Path("a")}), "names pathlib"),
+    "whole module, legacy": (saved(nn.Linear(2, 2), new_format=False), "names torch.nn.modules.linear.Linear"),
     "stride bomb": (saved({"w": torch.zeros(1).expand(2**40)}), "bomb"),
     "stride bomb, legacy": (saved({"w": torch.zeros(1).expand(2**40)}, new_format=False), "bomb"),
     "meta tensor": (saved({"w": torch.empty(2**44, device="meta")}), "device meta|meta"),
@@ -499,8 +495,8 @@ def test_a_payload_is_not_run(tmp_path, new_format, place, function):
     assert not marker.exists()
     assert seen == []
     assert str(path) in str(caught.value)
-    if new_format:
-        assert function.rpartition(".")[2] in str(caught.value), "the culprit is named"
+    assert function.rpartition(".")[2] in str(caught.value), "the culprit is named"
+    assert "known to run code" in str(caught.value)
 
 
 def test_the_watch_sees_what_it_watches(tmp_path):

@@ -2,12 +2,21 @@
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, without what could drive a terminal: file names and class names are other people's.
+    r"""The text with everything escaped that isn't seen when printed: terminals obey what hostile files say.
 
-    >>> printable("new\nline, \x1b[2J")
-    'new\\nline, \\x1b[2J'
+    >>> printable("net\x1b[31m.weight\u202e\n")
+    'net\\x1b[31m.weight\\u202e\\n'
     """
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object, length: int = 80) -> str:
+    """A text from a file (or the message of an error on one) as it may stand in a message: one line, cut, escaped."""
+    text = " ".join(str(value)[: 4 * length].split()) if isinstance(value, (str, BaseException)) else ""
+    text = printable(text or type(value).__name__)
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 class UnplantWarning(UserWarning):

@@ -16,8 +16,9 @@ from unplant import __version__
 from unplant.behaviour import with_logits
 from unplant.classifier import Classifier, check_fits
 from unplant.errors import ModelFileError, UsageError
-from unplant.files import check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
+from unplant.files import Checkpoint, check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
 from unplant.images import LabeledImages
+from unplant.limits import DEFAULT, Limits
 from unplant.models import architectures, build
 from unplant.params import Config, Real
 from unplant.results import Erasure
@@ -78,6 +79,18 @@ def save_classifier(path: Path, model: nn.Module, card: ModelCard) -> None:
     save_weights(path, model.backbone if isinstance(model, Classifier) else model, card.model_dump(mode="json"))
 
 
+def card_of(checkpoint: Checkpoint) -> ModelCard:
+    """What a file says about itself; an empty card if it says nothing.
+
+    Raises:
+        ModelFileError: it says something that can't be.
+    """
+    try:
+        return ModelCard(**checkpoint.metadata)
+    except UsageError as error:
+        raise ModelFileError(f"{checkpoint.path} has damaged metadata: {error}") from None
+
+
 def open_classifier(
     path: Path,
     data: LabeledImages,
@@ -85,6 +98,7 @@ def open_classifier(
     arch: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    limits: Limits = DEFAULT,
 ) -> tuple[Classifier, ModelCard]:
     """The classifier in a file, and its card; files that Unplant wrote say themselves what they need.
 
@@ -97,16 +111,14 @@ def open_classifier(
         arch: architecture; needed for other people's files.
         mean: per channel, in pixel units; default: the file's, else 0.
         std: per channel, in pixel units; default: the file's, else 1.
+        limits: on the file.
 
     Raises:
         UsageError: no architecture is given.
         ModelFileError: the file can't be loaded, or doesn't fit the architecture or the data.
     """
-    checkpoint = load_checkpoint(path)
-    try:
-        card = ModelCard(**checkpoint.metadata)
-    except UsageError as error:
-        raise ModelFileError(f"{checkpoint.path} has damaged metadata: {error}") from None
+    checkpoint = load_checkpoint(path, limits)
+    card = card_of(checkpoint)
     if arch is None:
         if card.arch is None or ".py" in card.arch:
             raise UsageError(f"{path} needs --arch: a registered id, or path/to/file.py:factory")

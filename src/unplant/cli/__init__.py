@@ -77,6 +77,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(message.split())
+    from unplant.errors import printable
+
+    line = printable(" ".join(message.split()))
     print(f"unplant: {line}", file=sys.stderr)  # noqa: T201 (only the command line prints)
     return code

@@ -32,6 +32,10 @@ Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the method; repeatable.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option("--limit", help="NAME=VALUE, a limit on untrusted files (`unplant methods` lists them); repeatable."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
 Mean = Annotated[
     str | None, typer.Option(help="The model's normalisation: mean per channel in [0,1], comma-separated.")
@@ -98,6 +102,7 @@ def erase(
     precision: Precision = "auto",
     threads: Threads = None,
     save_every: SaveEvery = 60,
+    limit: Limit = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -105,6 +110,22 @@ def erase(
     from unplant.cli.erase import run
 
     run(**{name: value for name, value in locals().items() if name != "run"})
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Any file that may hold weights.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Write its tensors to this new .safetensors file, whatever else it names.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Where the weights are, if the file holds several models.")] = None,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Shows what is in a model file without running anything in it; exit code 3 if `erase` would refuse it."""
+    from unplant.cli.inspect import run
+
+    run(model=model, weights=weights, key=key, limit=limit, json=json)
 
 
 @app.command()
@@ -123,6 +144,7 @@ def evaluate(
     skip_bad_images: SkipBad = False,
     device: Device = "auto",
     threads: Threads = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Measures ACC and, if the attack is known, ASR, RA and the natural target rate."""
@@ -169,6 +191,7 @@ def plant(
     precision: Precision = "auto",
     threads: Threads = None,
     save_every: SaveEvery = 60,
+    limit: Limit = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -190,6 +213,7 @@ def gallery(
     seed: Seed = 0,
     image_size: ImageSize = None,
     threads: Threads = None,
+    limit: Limit = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -201,7 +225,7 @@ def gallery(
 
 @app.command()
 def methods(json: Json = False) -> None:
-    """Lists erasers, attacks and architectures with their settings, defaults and presets."""
+    """Lists erasers, attacks, architectures and limits with their settings, defaults and presets."""
     from unplant.cli.methods import run
 
     run(json=json)

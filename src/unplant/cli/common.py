@@ -12,7 +12,9 @@ from unplant.errors import UsageError
 from unplant.files import OutputFolder, write_atomically
 from unplant.images import LabeledImages
 from unplant.journal import Journal
+from unplant.limits import DEFAULT, Limits
 from unplant.models import code_of
+from unplant.params import parse_settings
 from unplant.poisoning import Attack, parse_attack
 from unplant.results import Erasure
 from unplant.runs import ModelCard
@@ -56,10 +58,16 @@ def parse_numbers(name: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def read(
-    source: str, *, image_size: str | None, skip_bad: bool, max_images: int | None = None, seed: int = 0
+    source: str,
+    *,
+    image_size: str | None,
+    skip_bad: bool,
+    max_images: int | None = None,
+    seed: int = 0,
+    limits: Limits = DEFAULT,
 ) -> LabeledImages:
     """Opens a data set, or a random part of it."""
-    data = open_data(source, image_size=parse_size(image_size), skip_bad=skip_bad)
+    data = open_data(source, image_size=parse_size(image_size), skip_bad=skip_bad, limits=limits)
     return data.sample(max_images, torch.Generator().manual_seed(seed)) if max_images else data
 
 
@@ -76,6 +84,11 @@ def check_apart(out: Path, *sources: str | None) -> None:
             continue
         if place.is_relative_to(path) or path.is_relative_to(place):
             raise UsageError(f"-o {out} and the data {source} lie in each other; choose a folder apart from the data")
+
+
+def parse_limits(pairs: list[str] | None) -> Limits:
+    """`["tensors=1e6"]` → the default limits but for that one."""
+    return Limits(**parse_settings(pairs or []))
 
 
 def parse_labels(text: str | None) -> tuple[int, ...] | None:

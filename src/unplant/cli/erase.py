@@ -10,6 +10,7 @@ from unplant.classifier import check_knows
 from unplant.cli.common import (
     check_apart,
     open_journal,
+    parse_limits,
     parse_numbers,
     read,
     read_attack,
@@ -33,8 +34,8 @@ def run(
     *, model: Path, out: Path, suspect: str | None, clean: str | None, arch: str | None, method: str | None,
     preset: str, settings: list[str] | None, eps: str | None, test: str | None, attack: str | None, target: int,
     all_to_all: bool, max_images: int | None, seed: int, mean: str | None, std: str | None, image_size: str | None,
-    skip_bad_images: bool, device: str, precision: str, threads: int | None,
-    save_every: float, force: bool, json: bool,
+    skip_bad_images: bool, device: str, precision: str, threads: int | None, save_every: float,
+    limit: list[str] | None, force: bool, json: bool,
 ) -> None:  # fmt: skip
     """Checks every option before it reads data, and everything else before it trains."""
     if (suspect is None) == (clean is None):
@@ -54,15 +55,17 @@ def run(
     if eps is not None:
         wishes["eps"] = parse_settings([f"eps={eps}"])["eps"]
     config = chosen.configure(preset, **wishes)
+    limits = parse_limits(limit)
     known = read_attack(attack, target=target, all_to_all=all_to_all)
 
     output = OutputFolder(out, force=force)
     with output as folder:
-        data = read(source, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
-        test_data = read(test, image_size=image_size, skip_bad=skip_bad_images) if test else None
+        how: dict[str, Any] = {"image_size": image_size, "skip_bad": skip_bad_images, "limits": limits}
+        data = read(source, max_images=max_images, seed=seed, **how)
+        test_data = read(test, **how) if test else None
         warnings = check_data(data, test_data, batch_size=config.batch_size)
         means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
-        infected, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
+        infected, card = open_classifier(model, data, arch=arch, mean=means, std=stds, limits=limits)
         infected.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = data.with_classes(card.classes)
         test_data = test_data.with_classes(card.classes) if test_data is not None else None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from unplant.cli.common import parse_numbers, read, read_attack, set_threads
+from unplant.cli.common import parse_limits, parse_numbers, read, read_attack, set_threads
 from unplant.cli.output import emit, percent, say_warnings, show
 from unplant.data import check_data
 from unplant.devices import pick_device
@@ -16,16 +16,17 @@ from unplant.runs import environment, open_classifier
 def run(
     *, model: Path, test: str, arch: str | None, attack: str | None, target: int, all_to_all: bool,
     max_images: int | None, seed: int, mean: str | None, std: str | None, image_size: str | None,
-    skip_bad_images: bool, device: str, threads: int | None, json: bool,
+    skip_bad_images: bool, device: str, threads: int | None, limit: list[str] | None, json: bool,
 ) -> None:  # fmt: skip
     """Prints ACC, ASR, RA and the natural target rate."""
     set_threads(threads)
     where = pick_device(device)
+    limits = parse_limits(limit)
     known = read_attack(attack, target=target, all_to_all=all_to_all)
-    data = read(test, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
+    data = read(test, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed, limits=limits)
     warnings = check_data(data)
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
-    classifier, card = open_classifier(model, data, arch=arch, mean=means, std=stds)
+    classifier, card = open_classifier(model, data, arch=arch, mean=means, std=stds, limits=limits)
     data = data.with_classes(card.classes)
     say_warnings(warnings)
     scores = evaluate(classifier.to(where), data, known)

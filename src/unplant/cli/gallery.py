@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from unplant.cli.common import check_apart, read, read_attack, set_threads
+from unplant.cli.common import check_apart, parse_limits, read, read_attack, set_threads
 from unplant.cli.output import emit, progress_bar, say, show
 from unplant.files import OutputFolder, write_atomically
 from unplant.gallery import exhibit, number, overview, page
@@ -14,14 +14,15 @@ from unplant.triggers import triggers
 
 def run(
     *, data: str, out: Path, attack: list[str] | None, target: int, max_images: int | None, seed: int,
-    image_size: str | None, threads: int | None, force: bool, json: bool,
+    image_size: str | None, threads: int | None, limit: list[str] | None, force: bool, json: bool,
 ) -> None:  # fmt: skip
     """Writes `index.html`, one picture an attack and one of all."""
     check_apart(out, data)
     set_threads(threads)
+    limits = parse_limits(limit)
     planned = [read_attack(spec, target=target, all_to_all=False) for spec in attack or sorted(triggers)]
     with OutputFolder(out, force=force) as folder:
-        images = read(data, image_size=image_size, skip_bad=False, max_images=max_images, seed=seed)
+        images = read(data, image_size=image_size, skip_bad=False, max_images=max_images, seed=seed, limits=limits)
         exhibits = []
         with progress_bar() as progress:
             for place, one in enumerate(planned):

@@ -8,6 +8,7 @@ from rich.table import Table
 import unplant.attacks  # noqa: F401 (registers the triggers)
 from unplant.cli.output import emit, emit_text, show
 from unplant.erasers import erasers
+from unplant.limits import Limits
 from unplant.models import architectures
 from unplant.params import Config
 from unplant.planting import TrainConfig
@@ -38,6 +39,7 @@ def run(*, json: bool) -> None:
         },
         "architectures": {name: str(inspect.signature(build)) for name, build in architectures.items()},
         "training": settings(TrainConfig),
+        "limits": settings(Limits),
     }
     if json:
         emit(methods)
@@ -50,6 +52,8 @@ def run(*, json: bool) -> None:
             show(_table(about["settings"]))
     emit_text("\ntraining (plant --set)")
     show(_table(methods["training"]))
+    emit_text("\nlimits on untrusted files (--limit)")
+    show(_table(methods["limits"]))
     for name, signature in methods["architectures"].items():
         emit_text(f"architecture {name}{signature}")
 

@@ -18,7 +18,7 @@ console = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """One line for people."""
+    """One line for people; texts from files in it can't control the terminal."""
     console.print(printable(text), markup=False, soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from unplant.cache import plant_cached
-from unplant.cli.common import check_apart, open_journal, parse_labels, read, set_threads
+from unplant.cli.common import check_apart, open_journal, parse_labels, parse_limits, read, set_threads
 from unplant.cli.output import emit, percent, progress_bar, say
 from unplant.data import write_folder
 from unplant.devices import pick_device, pick_precision
@@ -24,11 +24,13 @@ def run(
     *, data: str, out: Path, attack: str, arch: str, target: int, all_to_all: bool, clean_label: bool | None,
     rate: str | None, cover_rate: str | None, sources: str | None, poison_only: bool, reuse: bool, test: str | None,
     max_images: int | None, seed: int, settings: list[str] | None, image_size: str | None, skip_bad_images: bool,
-    device: str, precision: str, threads: int | None, save_every: float, force: bool, json: bool,
+    device: str, precision: str, threads: int | None, save_every: float, limit: list[str] | None, force: bool,
+    json: bool,
 ) -> None:  # fmt: skip
     """Writes `model.safetensors`, `suspect/` (all that a defender may see) and `truth/` (what it may not)."""
     check_apart(out, data, test)
     set_threads(threads)
+    limits = parse_limits(limit)
     where = pick_device(device)
     label_map = "all-to-all" if all_to_all else "all-to-one"
     wishes = {
@@ -46,8 +48,9 @@ def run(
     config = TrainConfig(**{"precision": pick_precision(precision, where), **parse_settings(settings or [])})
     output = OutputFolder(out, force=force)
     with output as folder:
-        images = read(data, image_size=image_size, skip_bad=skip_bad_images, max_images=max_images, seed=seed)
-        test_images = read(test, image_size=image_size, skip_bad=skip_bad_images) if test else None
+        files: dict[str, Any] = {"image_size": image_size, "skip_bad": skip_bad_images, "limits": limits}
+        images = read(data, max_images=max_images, seed=seed, **files)
+        test_images = read(test, **files) if test else None
         result: dict[str, Any] = {"command": "plant", "seed": seed, "data": images.fingerprint()}
         with progress_bar() as progress:
             if poison_only:
