@@ -73,9 +73,9 @@ def push(value: object) -> bytes:
     if isinstance(value, tuple):
         return b"(" + b"".join(map(push, value)) + b"t"
     if isinstance(value, list):
-        return b"(" + b"".join(map(push, value)) + b"l"
+        return b"](" + b"".join(map(push, value)) + b"e"
     if isinstance(value, dict):
-        return b"(" + b"".join(push(part) for item in value.items() for part in item) + b"d"
+        return b"}(" + b"".join(push(part) for item in value.items() for part in item) + b"u"
     if isinstance(value, str):
         return text(value)
     if isinstance(value, bytes):
@@ -130,7 +130,7 @@ def routes(marker: str) -> dict[str, bytes]:
         "OBJ with STRING": b"(" + mkdir + b"S" + repr(marker).encode() + b"\no",
         "NEWOBJ": glob("builtins", "tuple") + mapped + b"\x85\x81",
         "NEWOBJ_EX": glob("builtins", "tuple") + mapped + b"\x85}\x92",
-        "BUILD by __setstate__": namespace + push({})[:-1] + text("__setstate__") + mkdir + b"db" + path + b"b",
+        "BUILD by __setstate__": namespace + b"}" + text("__setstate__") + mkdir + b"sb" + path + b"b",
         "BUILD of a partial's state": call(
             call(glob("functools", "partial"), glob("builtins", "print")) + b"(" + mkdir + b"(" + path + b"t}}tb"
         ),
@@ -1098,6 +1098,60 @@ def bombs(marker: str) -> Iterator[Hostile]:
             pieces[3] = pieces[3].replace(old, new)
         yield Hostile(f"bomb: tensor with {name} (zip)", zipped(files), may_load=True)
         yield Hostile(f"bomb: tensor with {name} (legacy)", b"".join(pieces), may_load=True)
+
+
+def honest_tensor(storage: str = "FloatStorage") -> bytes:
+    """The six numbers of the honest weights, in a row."""
+    pid = push(("storage",))[:-1] + glob("torch", storage) + text("0") + text("cpu") + push(6) + b"tQ"
+    plain = push(0) + push((6,)) + push((1,)) + push(False)
+    return call(glob("torch._utils", "_rebuild_tensor_v2"), pid, plain, call(glob("collections", "OrderedDict")))
+
+
+def liars() -> Iterator[Hostile]:
+    """Files without a payload that spoil messages, hide methods of what is loaded, or claim weights they don't hold."""
+
+    def whole(fragment: bytes) -> bytes:
+        return as_zip(fragment, "instead")
+
+    ordered, weight = call(glob("collections", "OrderedDict")), text("w") + honest_tensor() + b"s"
+    yield Hostile("a name with control characters", as_zip(glob("os\x1b[31m\r", "system\x07")))
+    yield Hostile("a name with a line separator", as_zip(glob("os\u2028x", "system")))
+    yield Hostile("a name of 5,000 letters", as_zip(glob("a" * 5000, "x")))
+    yield Hostile(
+        "six names of 300 letters", as_zip(b"(" + b"".join(glob("a" * 300 + str(k), "x") for k in range(6)) + b"t")
+    )
+    yield Hostile("a key with a newline", whole(push({"a\nb\x1b[0m": 1})))
+    yield Hostile("a key with a surrogate", whole(push({"\ud800": 1})))
+    content = patched(saved(weights()), local={14: bytes(4)}, central={16: bytes(4)}, name=b"archive/data/0")
+    yield Hostile("an entry with an escape", content.replace(b"archive/data/0", b"archive/d\x1b[3/0"))
+    yield Hostile("a tensor of what is in memory", whole(b"}" + text("w") + of("torch:FloatTensor", 2**20) + b"s"))
+    new = glob("torch", "FloatTensor") + push((2**20,)) + b"\x81"
+    yield Hostile("a tensor of what is in memory, by NEWOBJ", whole(b"}" + text("w") + new + b"s"))
+    for names in (("values",), ("items", "keys"), ("get",), ("__class__",)):
+        hidden = push(dict.fromkeys(names, 1)) + b"b"
+        yield Hostile(f"a dictionary whose {names[0]} is a number", whole(ordered + weight + hidden), may_load=True)
+        yield Hostile(f"a wrapper whose {names[0]} is a number", whole(ordered + text("x") + b"Ns" + hidden))
+    for name in ("numel", "is_complex", "layout", "device", "shape"):
+        stateful = call(
+            glob("torch._utils", "_rebuild_parameter_with_state"), honest_tensor(), push(True), ordered, push({name: 1})
+        )
+        yield Hostile(f"a parameter whose {name} is a number", whole(b"}" + text("w") + stateful + b"s"), may_load=True)
+
+
+def depths(depth: int = 400_000) -> dict[str, bytes]:
+    """Checkpoints of a few bytes per level, within the default limits: what walks or hashes them by recursion overflows the C stack."""
+    tuples = b")" + b"\x85" * depth
+    return {
+        "tuple as a value": as_zip(tuples),
+        "list as a value": as_zip(b"]" * depth + b"a" * (depth - 1)),
+        "wrapper in wrapper": as_zip((b"}" + text("net")) * (depth // 8) + b"N" + b"s" * (depth // 8), "instead"),
+        "marks": as_zip(b"(" * depth + b"t" * depth),
+        "tuple as a size": as_zip(
+            call(glob("torch._utils", "_rebuild_tensor_v2"), b"N", push(0), tuples, tuples, b"N", b"N")
+        ),
+        "tuple as a storage key": as_zip(push(("storage",))[:-1] + b"N" + tuples + b"NNtQ"),
+        "tuple as a key": as_zip(tuples, "key"),
+    }
 
 
 FAMILIES: dict[str, Callable[[str], Iterator[Hostile]]] = {
