@@ -1127,6 +1127,8 @@ def liars() -> Iterator[Hostile]:
     yield Hostile("a tensor of what is in memory", whole(b"}" + text("w") + of("torch:FloatTensor", 2**20) + b"s"))
     new = glob("torch", "FloatTensor") + push((2**20,)) + b"\x81"
     yield Hostile("a tensor of what is in memory, by NEWOBJ", whole(b"}" + text("w") + new + b"s"))
+    pieces = parts(saved(weights(), legacy=True))
+    yield Hostile("a legacy storage that stays unfilled", b"".join([*pieces[:4], b"\x80\x02].", pieces[5]]))
     for names in (("values",), ("items", "keys"), ("get",), ("__class__",)):
         hidden = push(dict.fromkeys(names, 1)) + b"b"
         yield Hostile(f"a dictionary whose {names[0]} is a number", whole(ordered + weight + hidden), may_load=True)
@@ -1139,7 +1141,7 @@ def liars() -> Iterator[Hostile]:
 
 
 def depths(depth: int = 400_000) -> dict[str, bytes]:
-    """Checkpoints of a few bytes per level, within the default limits: what walks or hashes them by recursion overflows the C stack."""
+    """Checkpoints of a few bytes per level, within the limits: walking or hashing them by recursion fills the stack."""
     tuples = b")" + b"\x85" * depth
     return {
         "tuple as a value": as_zip(tuples),
