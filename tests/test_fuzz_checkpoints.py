@@ -283,7 +283,7 @@ def mutated(random: Random, originals: list[bytes]) -> tuple[str, bytes]:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def dirty(weights: Mapping[str, Tensor], value: int) -> None:
