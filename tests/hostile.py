@@ -20,6 +20,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -577,7 +578,16 @@ def weights() -> dict[str, torch.Tensor]:
 def saved(value: object, *, legacy: bool = False) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream, _use_new_zipfile_serialization=not legacy)
-    return stream.getvalue()
+    return renamed(stream.getvalue()) if legacy else stream.getvalue()
+
+
+def renamed(legacy: bytes) -> bytes:
+    """A legacy file whose storages are called 100, 101, …; torch calls them by their address in memory."""
+    pieces = parts(legacy)
+    keys = [str(argument) for opcode, argument, _ in pickletools.genops(pieces[4]) if opcode.name == "BINUNICODE"]
+    for number, key in enumerate(sorted(keys, key=lambda key: pieces[3].index(text(key)))):
+        pieces[3:5] = [piece.replace(text(key), text(str(100 + number))) for piece in pieces[3:5]]
+    return b"".join(pieces)
 
 
 def entries(content: bytes) -> dict[str, bytes]:
@@ -587,7 +597,8 @@ def entries(content: bytes) -> dict[str, bytes]:
 
 def zipped(files: dict[str, bytes] | list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> bytes:
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", compression) as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(stream, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # of names that come twice
         for name, content in files.items() if isinstance(files, dict) else files:
             info = zipfile.ZipInfo(name)
             info.compress_type = compression
@@ -829,8 +840,7 @@ def ambiguous_archives(marker: str) -> Iterator[Hostile]:
     good_entry = ("archive/data.pkl", honest["archive/data.pkl"])
 
     def doubled(first: bytes, second: bytes) -> bytes:
-        content = zipped([("archive/data.pkl", first), ("archive/dbtb.pkl", second), *others.items()])
-        return content.replace(b"archive/dbtb.pkl", b"archive/data.pkl")
+        return zipped([("archive/data.pkl", first), ("archive/data.pkl", second), *others.items()])
 
     elsewhere = [
         ("other/data.pkl", bad),

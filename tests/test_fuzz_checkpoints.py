@@ -288,9 +288,8 @@ def bits(tensor: Tensor) -> bytes:
 
 def dirty(weights: Mapping[str, Tensor], value: int) -> None:
     """Leaves this byte in the memory that storages of these sizes are likely to get next."""
-    kept = [
-        torch.full((size,), value, dtype=torch.uint8) for size in {w.nbytes for w in weights.values()} for _ in "four"
-    ]
+    sizes = {size for w in weights.values() for size in (w.nbytes, w.untyped_storage().nbytes()) if size < 2**20}
+    kept = [torch.full((size,), value, dtype=torch.uint8) for size in sizes for _ in range(4)]
     kept.clear()
 
 
@@ -374,7 +373,7 @@ def test_mutated_checkpoints_load_or_are_refused(tmp_path):
     before = peak()
     for number in range(COUNT):
         kind, content = mutated(np.random.default_rng(number), originals)
-        where = f"mutation {number} ({kind})"
+        where = f"mutation {number} ({kind}), which lies at {path},"
         path.write_bytes(content)
         started = time.process_time()
         try:

@@ -1,4 +1,4 @@
-"""1,780 hostile model files: nothing in them runs, each is refused in one line, and nothing on the disk changes."""
+"""1,768 hostile model files: nothing in them runs, one line says what is refused, and nothing on the disk changes."""
 
 import io
 import os
@@ -90,7 +90,7 @@ def corpus(workshop) -> dict[str, list[Hostile]]:
 
 def test_the_corpus_is_large_and_without_repetition(corpus):
     files = [file for family in corpus.values() for file in family]
-    assert len(files) >= 1700
+    assert len(files) == 1768  # the number in the title and the documentation
     assert len({file.name for file in files}) == len(files)
     assert len({(file.content, file.suffix) for file in files}) >= 0.98 * len(files)
     assert len(corpus["generated"]) == 200
@@ -159,7 +159,7 @@ def problem(path: Path, file: Hostile, marker: Path) -> str | None:
     if took > SECONDS:
         return f"took {took:.1f} s"
     if refused:
-        if str(path) not in refused or not refused.isprintable() or len(refused) > 600:
+        if str(path) not in refused or not refused.isprintable() or len(refused.replace(str(path), "")) > 600:
             return f"bad message: {refused!r}"
         return None
     if not file.may_load:
