@@ -20,6 +20,7 @@ import torch
 from hostile import Hostile
 
 from unplant.cli import main
+from unplant.cli.app import app
 from unplant.data import digits, write_folder
 from unplant.errors import ModelFileError
 from unplant.files import load_checkpoint
@@ -259,6 +260,34 @@ def test_hostile_files_stop_the_command_line_with_exit_code_3(workshop, corpus, 
         assert not hostile.remove(workshop / "marker"), file.name
         assert sorted(folder.rglob("*")) == before, f"{file.name}: something was written"
         path.unlink()
+
+
+HAS_INSPECT = any(command.callback and command.callback.__name__ == "inspect" for command in app.registered_commands)
+
+
+@pytest.mark.skipif(not HAS_INSPECT, reason="there is no unplant inspect yet")
+def test_inspecting_hostile_files_runs_nothing_and_writes_only_what_it_is_told_to(workshop, corpus, capsys):
+    folder = workshop / "inspected"
+    folder.mkdir()
+    out, codes = folder / "out.safetensors", set()
+    for file in [file for family in corpus.values() for file in family][::20]:
+        path = folder / f"model{file.suffix or '.bin'}"
+        path.write_bytes(file.content)
+        try:
+            main(["inspect", str(path), "--weights", str(out)])
+        except SystemExit as stop:
+            codes.add(stop.code)
+        text = "".join(capsys.readouterr())
+        assert "Traceback" not in text, file.name
+        assert all(line.isprintable() for line in text.splitlines()), file.name
+        assert path.read_bytes() == file.content
+        assert not hostile.remove(workshop / "marker"), file.name
+        if out.exists():  # a safetensors file of dense tensors, whatever it was taken from
+            assert all(value.layout == torch.strided for value in safetensors.torch.load_file(out).values())
+        assert {item.name for item in folder.iterdir()} <= {path.name, out.name}, file.name
+        out.unlink(missing_ok=True)
+        path.unlink()
+    assert codes <= {0, 3}
 
 
 def test_a_thousand_of_a_thousand_flipped_bits_are_detected(tmp_path):
