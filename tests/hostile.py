@@ -819,7 +819,7 @@ flag 0x800 in the local header; flag 0x2000 in the local header; size 0 in the l
 size 4 GiB - 1 in the local header; size 1 GiB in the local header; link; packed by deflate; named archive/DATA.PKL;
 a folder of 300 letters; payload, and code/__torch__.py; payload, and attributes.pkl; payload, and model.json;
 payload, and archive_format; payload, and models/model.json; payload, and data.pkl.bak; payload, and bytecode.pkl;
-payload, and extra/x.pkl; a second end in the comment; junk at the end
+payload, and extra/x.pkl; a second end in the comment; junk at the end; names swapped by Unicode path fields
 """
 """The archives in which torch's reader finds the payload, though others see a damaged or an honest file."""
 
@@ -921,8 +921,23 @@ def ambiguous_archives(marker: str) -> Iterator[Hostile]:
     yield Hostile("zip: spanned", evil[:-18] + b"\1\0\1\0" + evil[-14:])
     yield Hostile("zip: no directory", evil[: evil.index(b"PK\x01\x02")])
     yield Hostile("zip: ends alone", evil[-22:])
+    yield Hostile("zip: names swapped by Unicode path fields", renamed_by_fields(files, honest["archive/data.pkl"]))
     yield Hostile("zip: in a zip", zipped({"archive/data.pkl": evil}))
     yield Hostile("zip: of a legacy file", zipped({"archive/data.pkl": as_legacy(payload)}))
+
+
+def renamed_by_fields(files: dict[str, bytes], honest: bytes) -> bytes:
+    """The payload as data.pkl, and beside it an honest pickle that readers of the field 0x7075 take for data.pkl."""
+    stream = io.BytesIO()
+    fields = {"archive/data.pkl": "archive/other.pkl", "archive/other.pkl": "archive/data.pkl"}
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in {**files, "archive/other.pkl": honest}.items():
+            info = zipfile.ZipInfo(name)
+            if name in fields:
+                field = b"\1" + struct.pack("<I", zlib.crc32(name.encode())) + fields[name].encode()
+                info.extra = struct.pack("<HH", 0x7075, len(field)) + field
+            archive.writestr(info, content)
+    return stream.getvalue()
 
 
 def disguises(marker: str) -> Iterator[Hostile]:
@@ -1156,6 +1171,8 @@ def liars() -> Iterator[Hostile]:
     yield Hostile("a tensor of what is in memory", whole(b"}" + text("w") + of("torch:FloatTensor", 2**20) + b"s"))
     new = glob("torch", "FloatTensor") + push((2**20,)) + b"\x81"
     yield Hostile("a tensor of what is in memory, by NEWOBJ", whole(b"}" + text("w") + new + b"s"))
+    header = b'{"w":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}'
+    yield Hostile("a safetensors shape of 2^63", struct.pack("<Q", len(header)) + header, ".safetensors")
     pieces = parts(saved(weights(), legacy=True))
     yield Hostile("a legacy storage that stays unfilled", b"".join([*pieces[:4], b"\x80\x02].", pieces[5]]))
     for names in (("values",), ("items", "keys"), ("get",), ("__class__",)):
