@@ -1187,7 +1187,7 @@ def liars() -> Iterator[Hostile]:
 
 
 def depths(depth: int = 400_000) -> dict[str, bytes]:
-    """Checkpoints of a few bytes per level, within the limits: walking or hashing them by recursion fills the stack."""
+    """Checkpoints of a few bytes per level, within the limits: walking or hashing them fills the stack, or never ends."""
     tuples = b")" + b"\x85" * depth
     return {
         "tuple as a value": as_zip(tuples),
@@ -1199,6 +1199,7 @@ def depths(depth: int = 400_000) -> dict[str, bytes]:
         ),
         "tuple as a storage key": as_zip(push(("storage",))[:-1] + b"N" + tuples + b"NNtQ"),
         "tuple as a key": as_zip(tuples, "key"),
+        "doubled tuple as a key": as_zip(b")" + b"2\x86" * 60, "key"),
     }
 
 
