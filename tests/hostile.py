@@ -1061,6 +1061,10 @@ def safetensors_with_payloads(payload: bytes) -> Iterator[Hostile]:
         )
 
 
+DOUBLE = b"q\xf2h\xf2\x86"
+"""Makes x to (x, x), by the memo."""
+
+
 def bombs(marker: str) -> Iterator[Hostile]:
     """Small files that ask for much time or memory; no payload."""
     del marker
@@ -1069,9 +1073,9 @@ def bombs(marker: str) -> Iterator[Hostile]:
         "nested lists": b"]" * many + b"a" * (many - 1),
         "nested tuples": b")" + b"\x85" * many,
         "nested marks": b"(" * many + b"t" * many,
-        "doubled 100 times": b")" + b"2\x86" * 100,
-        "doubled lists": b"]" + b"2\x86\x85" * 60,
-        "doubled as a key": b"})" + b"2\x86" * 22 + b"Ns",
+        "doubled 100 times": b")" + DOUBLE * 100,
+        "doubled lists": b"]" + (DOUBLE + b"\x85") * 60,
+        "doubled as a key": b"})" + DOUBLE * 20 + b"Ns",
         "LONG of 100,000 digits": b"L" + b"9" * 100_000 + b"L\n",
         "INT of 100,000 digits": b"I" + b"9" * 100_000 + b"\n",
         "LONG4 of 1 MB": b"\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20,
@@ -1187,7 +1191,7 @@ def liars() -> Iterator[Hostile]:
 
 
 def depths(depth: int = 400_000) -> dict[str, bytes]:
-    """Checkpoints of a few bytes per level, within the limits: walking or hashing them fills the stack, or never ends."""
+    """Checkpoints of a few bytes per level, within the limits: to walk or hash them fills the stack, or never ends."""
     tuples = b")" + b"\x85" * depth
     return {
         "tuple as a value": as_zip(tuples),
@@ -1199,7 +1203,7 @@ def depths(depth: int = 400_000) -> dict[str, bytes]:
         ),
         "tuple as a storage key": as_zip(push(("storage",))[:-1] + b"N" + tuples + b"NNtQ"),
         "tuple as a key": as_zip(tuples, "key"),
-        "doubled tuple as a key": as_zip(b")" + b"2\x86" * 60, "key"),
+        "doubled tuple as a key": as_zip(b")" + DOUBLE * 60, "key"),
     }
 
 
