@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint fast clean
+.PHONY: demo test lint fast soak clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -15,6 +15,10 @@ test: $(VENV)/.installed-test lint
 
 fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "not slow"
+
+soak: $(VENV)/.installed-test
+	UNPLANT_SOAK_CHECKPOINTS=100000 UNPLANT_SOAK_IMAGES=100000 UNPLANT_SOAK_KILLS=200 $(BIN)/python -m pytest -q \
+		$(wildcard tests/test_hostile.py tests/test_fuzz_checkpoints.py tests/test_fuzz_images.py tests/test_resume.py)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
