@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from unplant.classifier import Classifier
-from unplant.errors import ModelFileError, UnplantError, UsageError, WriteError
+from unplant.errors import ModelFileError, NumericalError, UnplantError, UsageError, WriteError
 from unplant.files import OutputFolder, check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
 from unplant.models import build
 from unplant.runs import ModelCard, open_classifier, save_classifier
@@ -554,7 +554,7 @@ def test_weights_that_are_not_finite_are_neither_loaded_nor_saved(tmp_path, weig
     assert str(tmp_path / "a.pth") in str(caught.value)
     broken = net()
     broken.load_state_dict(weights)
-    with pytest.raises(ModelFileError, match=r"16\.weight"):
+    with pytest.raises(NumericalError, match=r"16\.weight"):
         save_weights(tmp_path / "b.safetensors", broken, {})
     assert not (tmp_path / "b.safetensors").exists()
 

@@ -188,7 +188,6 @@ def test_hostile_files_run_nothing_and_are_refused_in_one_line(workshop, corpus,
 LIARS = {file.name: file for file in hostile.liars()}
 
 
-@pytest.mark.xfail(reason="torch's own unpickler lets these through; a symbolic reader won't", strict=False)
 @pytest.mark.parametrize("name", LIARS)
 def test_lies_neither_spoil_the_message_nor_get_through(workshop, name):
     path = workshop / "liar.pth"
@@ -226,7 +225,6 @@ def test_deep_nesting_does_not_end_the_process(tmp_path):
     assert last_words(tmp_path, names, timeout=100) == (0, names[-1])
 
 
-@pytest.mark.xfail(reason="torch's own unpickler hashes the tuple: the process ends, or runs for ever", strict=False)
 @pytest.mark.parametrize("name", ["tuple as a key", "doubled tuple as a key"])
 def test_a_deep_key_does_not_end_the_process_or_hang_it(tmp_path, name):
     assert last_words(tmp_path, [name], timeout=15) == (0, name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from unplant.classifier import activations, logits
 from unplant.devices import is_out_of_memory
 from unplant.errors import NumericalError, OutOfMemoryError
 from unplant.images import LabeledImages
@@ -230,3 +231,23 @@ def test_another_error_is_not_taken_for_memory():
     with pytest.raises(RuntimeError, match="shapes don't fit"):
         fit(network(), images(), steps=2, config=CONFIG, generator=torch.Generator(), change=greedy)
     assert greedy.sizes == [10]
+
+
+def test_outputs_are_taken_in_smaller_batches_where_memory_is_short():
+    class Small(nn.Module):
+        def __init__(self, limit):
+            super().__init__()
+            self.net, self.limit, self.sizes = network(), limit, []
+
+        def forward(self, pixels):
+            self.sizes.append(len(pixels))
+            if len(pixels) > self.limit:
+                raise ERRORS["accelerator"]
+            return self.net(pixels)
+
+    data, small = images(), Small(5)
+    assert torch.allclose(logits(small, data, batch_size=16), logits(network(), data), atol=1e-6)
+    assert small.sizes == [16, 8, 4, *[4] * 8, 1]
+    assert [len(part) for part in activations(Small(7), data, batch_size=16)] == [37]
+    with pytest.raises(OutOfMemoryError, match="not enough memory for one image"):
+        logits(Small(0), data)

@@ -1,16 +1,18 @@
 """The contract of a model: float pixels (N, C, H, W) in [0, 1] in, logits (N, K) out."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unplant.devices import Precision, autocast, global_state_kept, is_out_of_memory
-from unplant.errors import ModelFileError
+from unplant.errors import ModelFileError, OutOfMemoryError
 from unplant.images import LabeledImages
+
+T = TypeVar("T")
 
 ENOUGH = 50
 """With fewer images an accuracy says too little to refuse a model."""
@@ -77,11 +79,33 @@ def device_of(model: nn.Module) -> torch.device:
 @torch.no_grad()
 def logits(model: nn.Module, data: LabeledImages, batch_size: int = 128, precision: Precision = "float32") -> Tensor:
     """Logits (N, K) of all images, on the CPU, in eval mode."""
-    parts, device = [], device_of(model)
+    return torch.cat(_by_batches(model, data, batch_size, precision, lambda pixels: model(pixels).float().cpu()))
+
+
+def _by_batches(
+    model: nn.Module, data: LabeledImages, size: int, precision: Precision, work: Callable[[Tensor], T]
+) -> list[T]:
+    """What `work` makes of each batch of pixels, with the model in eval mode; batches are halved if memory runs out.
+
+    Raises:
+        OutOfMemoryError: not even one image fits.
+    """
+    parts, place, device = [], 0, device_of(model)
     with frozen(model), autocast(device, precision):
-        for pixels, _ in data.batches(batch_size):
-            parts.append(model(pixels.to(device)).float().cpu())
-    return torch.cat(parts)
+        while place < len(data):
+            try:
+                parts.append(work(data.pixels(slice(place, place + size)).to(device)))
+                place += size
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise OutOfMemoryError(
+                        "not enough memory for one image; use smaller images (--image-size), a smaller network, "
+                        "or a machine with more memory"
+                    ) from error
+                size //= 2
+    return parts
 
 
 @torch.no_grad()
@@ -96,13 +120,14 @@ def features(model: nn.Module, data: LabeledImages, batch_size: int = 128, preci
         seen.append(inputs[0].detach())
 
     hooks = [m.register_forward_pre_hook(remember) for m in model.modules() if isinstance(m, nn.Linear)]
-    parts, device = [], device_of(model)
+
+    def look(pixels: Tensor) -> Tensor:
+        seen.clear()
+        out = model(pixels)
+        return (seen[-1] if seen else out).flatten(1).float().cpu()
+
     try:
-        with frozen(model), autocast(device, precision):
-            for pixels, _ in data.batches(batch_size):
-                seen.clear()
-                out = model(pixels.to(device))
-                parts.append((seen[-1] if seen else out).flatten(1).float().cpu())
+        parts = _by_batches(model, data, batch_size, precision, look)
     finally:
         for hook in hooks:
             hook.remove()
@@ -126,16 +151,16 @@ def activations(
 
     kinds = (nn.Conv2d, nn.Linear)
     hooks = [m.register_forward_pre_hook(remember) for m in model.modules() if isinstance(m, kinds)]
-    parts: list[list[Tensor]] = []
-    device = device_of(model)
+
+    def look(pixels: Tensor) -> list[Tensor]:
+        seen.clear()
+        model(pixels)
+        layers = list(seen.values())[1:] or list(seen.values())
+        places = sorted({round((k + 1) * len(layers) / taps) - 1 for k in range(taps)} - {-1})
+        return [_pooled(layers[place]).float().cpu() for place in places]
+
     try:
-        with frozen(model), autocast(device, precision):
-            for pixels, _ in data.batches(batch_size):
-                seen.clear()
-                model(pixels.to(device))
-                layers = list(seen.values())[1:] or list(seen.values())
-                places = sorted({round((k + 1) * len(layers) / taps) - 1 for k in range(taps)} - {-1})
-                parts.append([_pooled(layers[place]).float().cpu() for place in places])
+        parts = _by_batches(model, data, batch_size, precision, look)
     finally:
         for hook in hooks:
             hook.remove()

@@ -88,6 +88,8 @@ def _zip(path: Path, file: BinaryIO, limits: Limits) -> Iterator[zipfile.ZipFile
             raise ModelFileError(f"{path} is a zip archive but no torch checkpoint (no data.pkl in it, or several)")
         if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) > 1:
             raise ModelFileError(f"{path} has entries of the same name or in several folders, which torch never writes")
+        if any(entry.orig_filename != entry.filename for entry in entries):
+            raise ModelFileError(f"{path} has entries with two names each, which torch never writes")
         packed = any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > size:
             raise ModelFileError(

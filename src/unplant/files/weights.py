@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from unplant.errors import ModelFileError, WriteError, shown
+from unplant.errors import ModelFileError, NumericalError, WriteError, shown
 from unplant.files.atomic import write_atomically
 from unplant.files.checkpoints import Checkpoint
 
@@ -84,13 +84,13 @@ def save_weights(path: Path, network: nn.Module, metadata: dict[str, Any]) -> No
     """Writes the network's state_dict as safetensors, with metadata that `load_checkpoint` reads back.
 
     Raises:
-        ModelFileError: the weights hold NaN or infinity.
+        NumericalError: the weights hold NaN or infinity.
         WriteError: it can't be written.
     """
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     for key, value in weights.items():
         if not _finite(value):
-            raise ModelFileError(f"{key} holds NaN or infinity; {path} is not written")
+            raise NumericalError(f"{key} holds NaN or infinity; {path} is not written")
     content = safetensors.torch.save(weights, metadata={"format": "pt", "unplant": json.dumps(metadata)})
     write_atomically(path, _ordered(content))
 
