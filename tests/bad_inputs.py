@@ -231,7 +231,7 @@ file_row("an HDF5 file", 3, "HDF5", lambda w: b"\x89HDF\r\n\x1a\n" + bytes(500))
 file_row("an ONNX model", 3, "ONNX", lambda w: b"\x08\x07\x12\x07pytorch" + bytes(500))
 file_row("an .npz under a .pth name", 3, "no torch checkpoint", lambda w: npz())
 file_row("a zip cut off", 3, "damaged", lambda w: saved(weights(w))[:-3000])
-file_row("a legacy file cut off", 3, "damaged", lambda w: saved(weights(w), False)[:-100])
+file_row("a legacy file cut off", 3, "damaged", lambda w: saved(weights(w), False)[:200])
 file_row("one flipped bit in a tensor", 3, "checksum", lambda w: flipped(saved(weights(w))))
 file_row("a whole module, pickled", 3, "names ", lambda w: saved(nn.Linear(2, 2)))
 file_row("a whole module, legacy", 3, "model.pth", lambda w: saved(nn.Linear(2, 2), False))
@@ -339,6 +339,16 @@ class Raises(Odd):
         raise KeyError("forward is broken")
 
 
+class Later(Odd):
+    calls = 0
+
+    def forward(self, x):
+        Later.calls += 1
+        if Later.calls > 20:
+            raise IndexError("forward broke")
+        return self.net(x)
+
+
 class Reseeds(Odd):
     def forward(self, x):
         torch.manual_seed(0)
@@ -366,6 +376,7 @@ model_row("Rounded", "has a zero gradient", 3, "gradient")
 model_row("Detached", "has no gradient", 3, "gradient")
 model_row("Constant", "always gives the same output", 3, "guessing|same")
 model_row("Raises", "raises an exception", 3, "KeyError")
+model_row("Later", "raises an exception in the middle of the run", 3, "IndexError: forward broke")
 model_row("Reseeds", "sets global seeds", 0, "")
 
 
@@ -444,15 +455,15 @@ def folder_row(what: str, code: int, words: str, change: Callable[[Path], object
 
 
 image_row("a zero-byte image", "1 of 121 images can't be read.*'3/bad.png'", b"")
-image_row("a text file called .png", "cannot identify", b"this is no image\n")
+image_row("a text file called .png", "no PNG, JPEG", b"this is no image\n")
 image_row("half a JPEG", "truncated", noisy("JPEG")[: len(noisy("JPEG")) // 2])
 image_row("half a PNG", "bad.png", noisy("PNG")[: len(noisy("PNG")) // 2])
 image_row("a PNG with a wrong checksum", "bad.png", crc_broken(noisy("PNG")))
 image_row("a header of 20,000×20,000 pixels", "pixels", png_header(20000, 20000))
 image_row("a header of 0×5 pixels", "bad.png", png_header(0, 5))
 image_row("an animated PNG", "animated", animated())
-image_row("a GIF, a format that isn't read", "cannot identify", picture(kind="GIF"))
-image_row("floating-point pixels", "cannot identify|floating", picture("F", value=0.5, kind="TIFF"))
+image_row("a GIF, a format that isn't read", "no PNG, JPEG", picture(kind="GIF"))
+image_row("floating-point pixels", "no PNG, JPEG|floating", picture("F", value=0.5, kind="TIFF"))
 image_row("an image of another size", "several sizes", picture(size=(9, 5)))
 image_row("an image of 1×1", "several sizes", picture(size=(1, 1)))
 image_row("a hidden file", "", b"no image", 0, ".DS_Store.png")

@@ -344,15 +344,15 @@ BAD_IMAGES = {
     "half JPEG": (half(encoded(picture(size=(64, 64)), "JPEG")), "truncated"),
     "half PNG": (half(encoded(picture(size=(64, 64)))), ""),
     "CRC-broken PNG": (crc_broken(encoded(picture())), ""),
-    "text": (b"this is no image\n", "cannot identify"),
-    "HTML": (b"<html></html>", "cannot identify"),
+    "text": (b"this is no image\n", "no PNG, JPEG"),
+    "HTML": (b"<html></html>", "no PNG, JPEG"),
     "header of 20,000×20,000": (png_header(20000, 20000), "pixel"),
     "header of 8,000×8,000": (png_header(8000, 8000), "pixel"),
     "header of 11,000×11,000": (png_header(11000, 11000), "pixel"),
     "header of 0×5": (png_header(0, 5), ""),
     "animated": (animated(), "animated"),
-    "a format that isn't read": (encoded(picture(), "GIF"), "cannot identify"),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "cannot identify"),
+    "a format that isn't read": (encoded(picture(), "GIF"), "no PNG, JPEG"),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "no PNG, JPEG"),
 }
 
 

@@ -132,8 +132,15 @@ def wait_for_a_page(folder, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_says_so_and_goes_on(infected, whole, tmp_path, number, times):
     process = start(command(infected, tmp_path / "out", "--save-every", "0"), tmp_path)
     wait_for_a_page(tmp_path, process)
@@ -148,6 +155,21 @@ def test_an_interrupted_run_says_so_and_goes_on(infected, whole, tmp_path, numbe
     assert "going on from where" in (tmp_path / "stderr").read_text()
     assert contents(tmp_path / "out") == whole[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stderr"]
+
+
+def test_an_interrupted_planting_goes_on_to_the_same_bytes(tmp_path):
+    def planting(out):
+        fast = ["--arch", "small_cnn:width=8", "--set", "epochs=3", "--set", "batch_size=32", "--threads", "1"]
+        return ["plant", "digits:train", "--attack", "badnets", *fast, "--save-every", "0", "-o", str(out)]
+
+    assert finish(start(planting(tmp_path / "whole"), tmp_path)) == 0, (tmp_path / "stderr").read_text()
+    process = start(planting(tmp_path / "out"), tmp_path)
+    wait_for_a_page(tmp_path, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 130
+    assert finish(start(planting(tmp_path / "out"), tmp_path)) == 0
+    assert "going on from where" in (tmp_path / "stderr").read_text()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_an_interrupt_before_anything_is_done_leaves_nothing(infected, tmp_path):

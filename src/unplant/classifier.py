@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unplant.devices import Precision, autocast, global_state_kept, is_out_of_memory
-from unplant.errors import ModelFileError, OutOfMemoryError
+from unplant.errors import ModelFileError, OutOfMemoryError, UnplantError
 from unplant.images import LabeledImages
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ def blamed_on_the_model(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except ModelFileError:
+    except UnplantError:
         raise
     except Exception as error:
         if is_out_of_memory(error):

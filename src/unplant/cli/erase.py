@@ -1,12 +1,13 @@
 """`unplant erase`: PBE on suspect data, AFT on clean data, from files to a folder of results."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unplant.behaviour import check_behaviour
-from unplant.classifier import check_knows
+from unplant.classifier import blamed_on_the_model, check_knows
 from unplant.cli.common import (
     check_apart,
     open_journal,
@@ -72,7 +73,9 @@ def run(
         warnings += check_behaviour(infected, data)
         check_knows(infected, data)
         say_warnings(warnings)
-        with progress_bar() as progress:
+        own_code = ".py" in (card.arch or "")
+        blame = blamed_on_the_model("be purified") if own_code else nullcontext()
+        with progress_bar() as progress, blame:
             generator = torch.Generator().manual_seed(seed)
             around = {"progress": progress, "journal": open_journal(output, card, save_every)}
             erasure = chosen.run(infected, data, config, generator=generator, **around)

@@ -92,6 +92,7 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
     if found.witnesses:
         lines.append(
             f"Of {found.witnesses} suspects that were never trained on, the purified model still gives "
-            f"{percent(found.asr_left)} their suspicious label (at most {percent(found.asr_left_upper)})."
+            f"{percent(found.asr_left)} their suspicious label (at most {percent(found.asr_left_upper)}); "
+            "images whose label is right after all may keep it."
         )
     return lines

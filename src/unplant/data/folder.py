@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from unplant.errors import DataError
 from unplant.images import LabeledImages
@@ -183,7 +183,7 @@ def _decode_all(
             try:
                 image = _decode(read(), image_size, limits)
             except BROKEN as error:
-                bad.append(f"{name!r} ({' '.join(str(error).split())[:120] or type(error).__name__})")
+                bad.append(f"{name!r} ({_reason(error)})")
                 continue
             if names and image.shape[1:] != images.shape[2:]:
                 sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (images.shape, image.shape)]
@@ -245,6 +245,14 @@ def _pillow() -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = most, lax
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong with an image, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:120] or type(error).__name__
 
 
 def _decode(content: bytes, image_size: tuple[int, int] | None, limits: Limits) -> np.ndarray:

@@ -205,7 +205,10 @@ def _legacy_places(
         if not isinstance(key, str) or key not in declared or key in places:
             raise ModelFileError(f"{path} is damaged: its list of storages doesn't fit")
         file.seek(place)
-        (numel,) = struct.unpack("<q", file.read(8))
+        number = file.read(8)
+        if len(number) < 8:
+            raise ModelFileError(f"{path} is damaged: it is cut off")
+        (numel,) = struct.unpack("<q", number)
         length = declared[key].nbytes
         if numel != declared[key].numel or place + 8 + length > size:
             raise ModelFileError(f"{path} is damaged: the data of storage {shown(key, 40)} aren't all there")
