@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import unplant
-from unplant.behaviour import check_behaviour, with_logits
-from unplant.classifier import Classifier, check_fits, check_knows, logits
+from unplant.behaviour import check_behaviour, check_fits, check_knows, with_logits
+from unplant.classifier import Classifier, logits
 from unplant.data import digits
 from unplant.demo import TRAINING
 from unplant.devices import global_state_kept

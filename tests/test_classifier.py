@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from unplant.classifier import Classifier, activations, check_fits, features, frozen, logits
+from unplant.behaviour import check_fits
+from unplant.classifier import Classifier, activations, features, frozen, logits
 from unplant.errors import ModelFileError
 from unplant.images import LabeledImages
 from unplant.models import build

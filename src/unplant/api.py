@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from unplant.behaviour import check_behaviour, with_logits
-from unplant.classifier import Classifier, check_fits, check_knows
+from unplant.behaviour import check_behaviour, check_fits, check_knows, with_logits
+from unplant.classifier import Classifier
 from unplant.data import check_data, open_data
 from unplant.devices import global_state_kept
 from unplant.erasers import EraserConfig, erasers

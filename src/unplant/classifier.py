@@ -1,21 +1,17 @@
 """The contract of a model: float pixels (N, C, H, W) in [0, 1] in, logits (N, K) out."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unplant.devices import Precision, autocast, global_state_kept, is_out_of_memory
-from unplant.errors import ModelFileError, OutOfMemoryError, UnplantError
+from unplant.devices import Precision, autocast, is_out_of_memory
+from unplant.errors import OutOfMemoryError
 from unplant.images import LabeledImages
 
 T = TypeVar("T")
-
-ENOUGH = 50
-"""With fewer images an accuracy says too little to refuse a model."""
 
 
 class Classifier(nn.Module):
@@ -173,80 +169,3 @@ def _pooled(layer: Tensor) -> Tensor:
     if layer.ndim == 3:  # (N, tokens, C)
         return torch.cat([layer.mean(1), layer.amax(1)], 1)
     return layer.flatten(1)
-
-
-@contextmanager
-def blamed_on_the_model(doing: str) -> Iterator[None]:
-    """Turns whatever a model raises into our error: its code is the user's own.
-
-    Raises:
-        ModelFileError: the kind of the exception and its first line. Running out of memory stays what it is.
-    """
-    try:
-        yield
-    except UnplantError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelFileError(f"the model can't {doing}: {type(error).__name__}: {first[:300]}") from None
-
-
-def check_fits(model: nn.Module, data: LabeledImages) -> int:
-    """Runs two images through the model and returns its number of classes.
-
-    Raises:
-        ModelFileError: it can't run on images of this shape, or doesn't return logits for the data's classes.
-    """
-    pixels = data.pixels(slice(0, 2)).to(device_of(model))
-    with (
-        global_state_kept(),
-        frozen(model),
-        torch.no_grad(),
-        blamed_on_the_model(f"run on images of shape {data.shape}"),
-    ):
-        out = model(pixels)
-    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pixels):
-        raise ModelFileError(f"the model must return logits ({len(pixels)}, K), got {_kind_and_remedy(out)}")
-    if not out.is_floating_point():
-        raise ModelFileError(
-            f"the model must return logits, got whole numbers ({out.dtype}); return its scores instead"
-        )
-    if not torch.isfinite(out).all():
-        raise ModelFileError("the model's outputs are NaN or infinite on the first images; its weights are damaged")
-    if out.shape[1] < data.num_classes:
-        raise ModelFileError(f"the model has {out.shape[1]} classes, the data {data.num_classes}")
-    return out.shape[1]
-
-
-def _kind_and_remedy(out: Any) -> str:
-    wrap = "wrap it in a module whose forward returns model(pixels)"
-    if isinstance(out, Tensor):
-        return f"a tensor of shape {tuple(out.shape)}; wrap it in a module that returns one row of scores an image"
-    if isinstance(out, Mapping) and "logits" in out:
-        return f"{type(out).__name__} with 'logits'; {wrap}['logits']"
-    if hasattr(out, "logits"):
-        return f"{type(out).__name__} with .logits; {wrap}.logits"
-    if isinstance(out, (tuple, list)):
-        return f"{type(out).__name__} of {len(out)}; {wrap}[0], if the logits come first"
-    return f"{type(out).__name__}; wrap it in a module whose forward returns the logits alone"
-
-
-def check_knows(model: nn.Module, data: LabeledImages) -> None:
-    """Refuses a model that does no better on (at most 1,000 of) the images than always saying the commonest label.
-
-    Raises:
-        ModelFileError: it knows nothing about these images.
-    """
-    part = data.sample(1000, torch.Generator().manual_seed(0))
-    if len(part) < ENOUGH:
-        return
-    with blamed_on_the_model("run on the data"):
-        accuracy = float((logits(model, part).argmax(1) == part.labels).float().mean())
-    guess = float(torch.bincount(part.labels).max()) / len(part)
-    if accuracy <= guess + 2 * math.sqrt(guess * (1 - guess) / len(part)):
-        raise ModelFileError(
-            f"the model gets {accuracy:.1%} of the data's labels right, no more than guessing ({guess:.1%}); "
-            "check --mean and --std, the order of the classes, and whether these are its weights and data"
-        )

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import nn
 
 from unplant import __version__
-from unplant.behaviour import with_logits
-from unplant.classifier import Classifier, check_fits
+from unplant.behaviour import check_fits, with_logits
+from unplant.classifier import Classifier
 from unplant.errors import ModelFileError, UsageError
 from unplant.files import Checkpoint, check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
 from unplant.images import LabeledImages

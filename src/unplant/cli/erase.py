@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from unplant.behaviour import check_behaviour
-from unplant.classifier import blamed_on_the_model, check_knows
+from unplant.behaviour import blamed_on_the_model, check_behaviour, check_knows
 from unplant.cli.common import (
     check_apart,
     open_journal,
