@@ -314,6 +314,16 @@ class Named(Odd):
         return {"logits": self.net(x)}
 
 
+class Output:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Wrapped(Odd):
+    def forward(self, x):
+        return Output(self.net(x))
+
+
 class Dropout(Odd):
     def forward(self, x):
         return nn.functional.dropout(self.net(x), 0.1, training=True)
@@ -371,6 +381,7 @@ def model_row(name: str, what: str, code: int, words: str) -> None:
 model_row("Softmax", "ends in a softmax", 0, "warning: .*probabilities")
 model_row("Pair", "returns a tuple", 3, "tuple")
 model_row("Named", "returns a dictionary", 3, "dict")
+model_row("Wrapped", "returns an object with .logits", 3, "logits")
 model_row("Dropout", "has dropout left on", 0, "warning: .*each time")
 model_row("Rounded", "has a zero gradient", 3, "gradient")
 model_row("Detached", "has no gradient", 3, "gradient")
@@ -507,15 +518,61 @@ folder_row(
 )  # fmt: skip
 
 
+def colour(what: str, content: bytes, name: str = "bad.png") -> None:
+    """A row with one odd image among colour images, which are the grey ones three times; the model is made for them."""
+
+    def make(w: Path) -> Arguments:
+        data = digits("test").sample(120, torch.Generator().manual_seed(0))
+        write_folder_of(w / "mine", data.images.expand(-1, 3, -1, -1).contiguous().numpy(), labels=data.labels)
+        (w / "mine/3" / name).write_bytes(content)
+        wide = weights(w)
+        wide["0.weight"] = wide["0.weight"].expand(-1, 3, -1, -1) / 3
+        torch.save(wide, w / "colour.pth")
+        return [part.replace("{w}/data", "{w}/mine") for part in quickly("{w}/colour.pth")]
+
+    ROWS.append(Row("data", what, make, 0, ""))
+
+
+def turned() -> bytes:
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 16), (9, 99, 199)).save(stream, "JPEG", exif=exif)
+    return stream.getvalue()
+
+
+colour("a CMYK photo", picture("CMYK", value=(0, 255, 255, 0), kind="JPEG"), "bad.jpg")
+colour("an image with a palette", picture("P", value=3))
+colour("an image with transparency", picture("RGBA", value=(200, 100, 50, 51)))
+colour("a photo that its camera turned (EXIF)", turned(), "bad.jpg")
+
+
+@row("data", "class folders 2 and 10, which text would sort the other way round", 0, "")
+def _(w: Path) -> Arguments:
+    names = tuple(str(k) for k in range(1, 11))
+    shutil.copytree(w / "data", w / "mine")
+    for number in range(9, -1, -1):
+        (w / "mine" / str(number)).rename(w / "mine" / names[number])
+    return [part.replace("{w}/data", "{w}/mine") for part in quickly("{w}/good/weights.pth")]
+
+
+@row("data", "data of which 90 % is poison", 3, "guessing")
+def _(w: Path) -> Arguments:
+    data = digits("test")
+    labels = torch.where(torch.arange(len(data)) % 10 > 0, 0, data.labels)
+    np.savez(w / "mine.npz", images=data.images.numpy(), labels=labels.numpy())
+    return on("{w}/mine.npz")
+
+
 @row("data", "all images alike", 4, "alike|same")
 def _(w: Path) -> Arguments:
     write_folder_of(w / "mine", np.full((60, 1, 16, 16), 7, np.uint8))
     return on("{w}/mine")
 
 
-def write_folder_of(root: Path, images: np.ndarray, classes: int = 10) -> None:
+def write_folder_of(root: Path, images: np.ndarray, classes: int = 10, labels: torch.Tensor | None = None) -> None:
+    """Images in class folders 0, 1, …; without labels, in turn."""
     root.mkdir()
-    labels = torch.arange(len(images)) % classes
+    labels = torch.arange(len(images)) % classes if labels is None else labels
     write_folder(LabeledImages(torch.from_numpy(images), labels, tuple(str(k) for k in range(classes))), root)
 
 

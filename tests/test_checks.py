@@ -91,7 +91,12 @@ def test_small_classes_are_named_with_their_sizes():
 def test_a_class_that_outweighs_the_others_is_named():
     data = noise(200)
     mostly = data.relabel(torch.where(torch.arange(200) < 120, 1, data.labels))
-    assert check_data(mostly) == ["class b holds 70% of all images"]
+    (said,) = check_data(mostly)
+    assert said.startswith("class b holds 70% of all images, far more than others; if that is poison")
+    tenth = noise(200, classes=10)
+    poisoned = tenth.relabel(torch.where(torch.arange(200) % 10 < 3, 1, tenth.labels))
+    assert check_data(tenth) == []
+    assert check_data(poisoned)[-1].startswith("class b holds 30% of all images")
     two = noise(200, classes=2)
     assert check_data(two.relabel((torch.arange(200) < 20).long())) == [], "of two classes one is always larger"
 

@@ -21,7 +21,9 @@ Arch = Annotated[
     str | None,
     typer.Option(help="Architecture: preact_resnet18, preact_resnet18:width=16, small_cnn, file.py:factory."),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder to write; must not exist. A run that was cut off goes on.")
+]
 Test = Annotated[str | None, typer.Option(help="Clean test images, to measure ACC (and, with --attack, ASR and RA).")]
 SaveEvery = Annotated[
     float, typer.Option("--save-every", min=0, help="Seconds after which a run writes down how far it is.")

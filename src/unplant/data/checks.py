@@ -9,6 +9,8 @@ from unplant.images import LabeledImages
 
 FEW_IMAGES = 10
 """A class with fewer images is told of."""
+LARGE_CLASS = 0.25
+"""A class with more of all images than this, and three times as many as others, is told of."""
 MANY_COPIES = 0.01
 """A share of exact copies above this is told of."""
 
@@ -81,6 +83,13 @@ def _few(data: LabeledImages) -> str | None:
 def _one_sided(data: LabeledImages) -> str | None:
     counts = np.bincount(data.labels.numpy(), minlength=data.num_classes)
     largest = int(counts.argmax())
-    if data.num_classes < 3 or counts[largest] <= len(data) / 2:
+    share, usual = (
+        counts[largest] / len(data),
+        np.median(np.delete(counts, largest)) if data.num_classes > 2 else np.inf,
+    )
+    if share <= LARGE_CLASS or counts[largest] < 3 * usual:
         return None
-    return f"class {data.classes[largest]} holds {counts[largest] / len(data):.0%} of all images"
+    return (
+        f"class {data.classes[largest]} holds {share:.0%} of all images, far more than others; "
+        "if that is poison, it may be too much to be found as a group of its own"
+    )
