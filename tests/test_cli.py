@@ -345,17 +345,25 @@ def test_an_output_that_holds_the_data_is_refused(workshop, tmp_path, capsys):
 def test_the_verdict_is_said_in_words():
     found = Findings(True, (1, 0), 0.0512, 20, 0.05, 0.2, 0.99, 0.02)
     lines = verdict(found, ("ant", "bee", "cat"))
-    assert lines[0] == "Verdict: infected. Target labels: bee, ant; estimated poisoning rate 5.1 %."
+    assert (
+        lines[0]
+        == "Verdict: infected. Target labels: bee, ant; estimated poisoning rate 5.1 %, estimated ASR that is left 2.0 %."
+    )
     assert "99.0 % of other images, the purified model's on 2.0 %" in lines[1]
     assert "Of 20 suspects" in lines[2]
     assert "5.0 % their suspicious label (at most 20.0 %)" in lines[2]
-    unheard = dataclasses.replace(found, targets=(2,), witnesses=0, asr_left=None, trigger_before=None)
+    unheard = dataclasses.replace(
+        found, targets=(2,), witnesses=0, asr_left=None, trigger_before=None, trigger_after=None
+    )
     assert verdict(unheard, ("ant", "bee", "cat")) == [
-        "Verdict: infected. Target label: cat; estimated poisoning rate 5.1 %."
+        "Verdict: infected. Target label: cat; estimated poisoning rate 5.1 %, estimated ASR that is left unknown."
     ]
+    moving = dataclasses.replace(found, trigger_before=None, trigger_after=None)
+    assert (found.asr_estimate, moving.asr_estimate, unheard.asr_estimate) == (0.02, 0.05, None)
+    assert moving.to_json()["asr_estimate"] == 0.05
     (nothing,) = verdict(dataclasses.replace(found, infected=False, targets=()), ("ant", "bee", "cat"))
     assert nothing.startswith("Verdict: no backdoor found.")
-    assert len(verdict(dataclasses.replace(found, targets=tuple(range(30))), [f"c{k}" for k in range(30)])[0]) < 200
+    assert len(verdict(dataclasses.replace(found, targets=tuple(range(30))), [f"c{k}" for k in range(30)])[0]) < 250
 
 
 def test_methods_lists_every_setting_with_its_default(capsys):

@@ -20,8 +20,8 @@ class Findings:
         targets: the labels of those classes, the one with the most suspects first.
         poisoning_rate: share of all images that are suspects: the estimated poisoning rate.
         witnesses: number of suspects that were never trained on, and whose label isn't theirs by right.
-        asr_left: share of the witnesses to which the purified model still gives their suspicious label: the estimated
-            ASR; None without witnesses.
+        asr_left: share of the witnesses to which the purified model still gives their suspicious label; None without
+            witnesses.
         asr_left_upper: its one-sided upper 95 % bound.
         trigger_before: where the suspects have a trigger in common that works on other images: share of those images
             in which the infected model obeys it; None where none could be recovered.
@@ -37,9 +37,17 @@ class Findings:
     trigger_before: float | None
     trigger_after: float | None
 
+    @property
+    def asr_estimate(self) -> float | None:
+        """The estimated ASR that is left: by the recovered trigger, else by the witnesses; None where neither is there.
+
+        The trigger goes first, as witnesses of a clean-label attack keep labels that are right.
+        """
+        return self.trigger_after if self.trigger_after is not None else self.asr_left
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
-        return asdict(self) | {"targets": list(self.targets)}
+        return asdict(self) | {"targets": list(self.targets), "asr_estimate": self.asr_estimate}
 
 
 @dataclass(frozen=True, eq=False)

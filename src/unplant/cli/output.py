@@ -82,7 +82,8 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     lines = [
         f"Verdict: infected. Target {'label' if len(names) == 1 else 'labels'}: {', '.join(names[:10])}{more}; "
-        f"estimated poisoning rate {percent(found.poisoning_rate)}."
+        f"estimated poisoning rate {percent(found.poisoning_rate)}, "
+        f"estimated ASR that is left {percent(found.asr_estimate)}."
     ]
     if found.trigger_before is not None:
         lines.append(
