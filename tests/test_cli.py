@@ -345,9 +345,8 @@ def test_an_output_that_holds_the_data_is_refused(workshop, tmp_path, capsys):
 def test_the_verdict_is_said_in_words():
     found = Findings(True, (1, 0), 0.0512, 20, 0.05, 0.2, 0.99, 0.02)
     lines = verdict(found, ("ant", "bee", "cat"))
-    assert (
-        lines[0]
-        == "Verdict: infected. Target labels: bee, ant; estimated poisoning rate 5.1 %, estimated ASR that is left 2.0 %."
+    assert lines[0] == (
+        "Verdict: infected. Target labels: bee, ant; estimated poisoning rate 5.1 %, estimated ASR that is left 2.0 %."
     )
     assert "99.0 % of other images, the purified model's on 2.0 %" in lines[1]
     assert "Of 20 suspects" in lines[2]
