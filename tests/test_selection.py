@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from unplant.detection.clusters import split_classes
+from unplant.detection.clusters import Split, split_classes
 from unplant.erasers.aft import AFTConfig, fitting_eps
-from unplant.erasers.examination import cross_examine, findings, retrial
+from unplant.erasers.examination import cross_examine, doubtful_classes, findings, retrial
 from unplant.erasers.selection import (
     below,
     cosine_score,
@@ -25,6 +25,10 @@ from unplant.images import LabeledImages
 @pytest.fixture
 def outputs(generator):
     return torch.randn(2, 20, 5, generator=generator) * 3
+
+
+def limits(split):
+    return {"doubtful": split.minor_share > 0.25, "fallen": 0.5}
 
 
 def test_scores_equal_a_loop(outputs):
@@ -219,7 +223,7 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
         return model, sure if part[poisoned].any() else torch.where(poisoned[:, None], -sure, sure)
 
     split = split_classes([layer], labels, 2, least_gain=0.125)
-    found = cross_examine(split, torch.zeros(2).long(), nn.Identity(), sure, labels, purify, balanced=0.25, fallen=0.5)
+    found = cross_examine(split, torch.zeros(2).long(), nn.Identity(), sure, labels, purify, **limits(split))
     assert torch.equal(found.left_out, poisoned)
     assert torch.equal(taught[found.start], ~poisoned)
     assert (found.score[poisoned] > 0.9).all()
@@ -241,7 +245,7 @@ def test_a_group_with_a_working_trigger_needs_no_trial_and_is_not_trusted_again(
 
     split = split_classes([layer], labels, 2, least_gain=0.125)
     side = torch.tensor([1 if torch.equal(split.minor, poisoned) else -1, 0])
-    found = cross_examine(split, side, nn.Identity(), sure, labels, purify, balanced=0.25, fallen=0.5)
+    found = cross_examine(split, side, nn.Identity(), sure, labels, purify, **limits(split))
     assert len(calls) == 1
     assert torch.equal(calls[0], ~poisoned)
     assert torch.equal(found.left_out, poisoned)
@@ -267,9 +271,28 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
 
     split = split_classes([layer], labels, 2, least_gain=0.125)  # no image has the last label
     found = cross_examine(
-        split, torch.zeros(2).long(), nn.Identity(), outputs(0.99), labels, purify, balanced=0.25, fallen=0.5
+        split,
+        torch.zeros(2).long(),
+        nn.Identity(),
+        outputs(0.99),
+        labels,
+        purify,
+        doubtful=split.minor_share > 0.25,
+        fallen=0.5,
     )
     assert torch.equal(calls[0], ~rare)
     assert not found.left_out.any()
     assert found.fall.tolist() == pytest.approx([0.39 / 0.99, 0.0], abs=1e-5)
     assert float(found.score[rare].mean()) == pytest.approx(0.39, abs=1e-5)
+
+
+def test_a_class_is_doubtful_if_its_groups_are_alike_or_if_it_outweighs_the_others():
+    labels = torch.tensor([0] * 30 + [1] * 9 + [2] * 10 + [3] * 11 + [4] * 10)
+    share = torch.tensor([0.1, 0.3, 0.25, 0.0, 0.2])
+    split = Split(torch.zeros(70, dtype=torch.bool), torch.zeros(5), share)
+    assert doubtful_classes(split, labels, 0.25, 3.0).tolist() == [True, True, False, False, False]
+    assert doubtful_classes(split, labels, 0.25, 3.1).tolist() == [False, True, False, False, False]
+    whole = Split(split.minor, split.gain, torch.tensor([0.0, 0.3, 0.25, 0.0, 0.2]))
+    assert not doubtful_classes(whole, labels, 0.25, 3.0)[0], "a class that isn't split has no groups to try"
+    empty = doubtful_classes(Split(split.minor, torch.zeros(9), torch.full((9,), 0.1)), labels, 0.25, 3.0)
+    assert empty.tolist() == [True] + [False] * 8, "classes without images don't make others heavy"

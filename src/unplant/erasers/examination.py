@@ -80,6 +80,23 @@ class Examination:
         return {"fall": [round(v, 3) for v in self.fall.tolist()], "left_out": counts.tolist()}
 
 
+def doubtful_classes(split: Split, labels: Tensor, balanced: float, outweighs: float) -> Tensor:
+    """Bool (K,): classes of which either group may be the poison.
+
+    Where poison is more than its class, it is the larger group: so it is at a tenth of the images with thirty classes
+    and more. Such a class has far more images than others.
+
+    Args:
+        split: the groups.
+        labels: int64 (N,).
+        balanced: share of the smaller group from which a class is doubtful.
+        outweighs: times the median class's images from which it is, whatever the share.
+    """
+    counts = torch.bincount(labels, minlength=len(split.minor_share))
+    heavy = counts >= outweighs * counts[counts > 0].float().median()
+    return (split.minor_share > balanced) | (heavy & (split.minor_share > 0))
+
+
 def cross_examine(
     split: Split,
     side: Tensor,
@@ -88,7 +105,7 @@ def cross_examine(
     labels: Tensor,
     purify: Purify,
     *,
-    balanced: float,
+    doubtful: Tensor,
     fallen: float,
 ) -> Examination:
     """Finds, in each class, the group of images that needs no link to be recognised.
@@ -96,10 +113,10 @@ def cross_examine(
     A class that holds poison falls into two groups in the infected model's features; which of them is the poison, the
     adversarial fine-tuning tells: purify without the one, then without the other. Clean images that were left out
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
-    all, because their label hung on the trigger alone. Where one group is much smaller it is left out without a
-    second trial. In the end, a group that lost less than a share `fallen` of its label's probability, beyond what the
-    rest of its class lost, is trusted again: it is a natural kind, such as digits written another way. Groups that
-    were seen to carry a working trigger need no trial and aren't trusted again.
+    all, because their label hung on the trigger alone. Where it isn't doubtful which one is the poison, the smaller one
+    is left out without a second trial. In the end, a group that lost less than a share `fallen` of its label's
+    probability, beyond what the rest of its class lost, is trusted again: it is a natural kind, such as digits written
+    another way. Groups that were seen to carry a working trigger need no trial and aren't trusted again.
 
     Args:
         split: the groups.
@@ -108,7 +125,7 @@ def cross_examine(
         before: float (N, K), its logits.
         labels: int64 (N,).
         purify: Steps 1 and 2 from θ₀.
-        balanced: share of the smaller group from which both are tried.
+        doubtful: bool (K,), classes of which both groups are tried.
         fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
     """
     left_out = torch.where((side < 0)[labels], ~split.minor, split.minor)
@@ -122,7 +139,7 @@ def cross_examine(
     first = left_out
     start, outputs = purify(~first, "without the smaller groups")
     score = drop_score(before, outputs, labels)
-    doubtful = (split.minor_share > balanced) & (side == 0)
+    doubtful = doubtful & (side == 0)
     if doubtful.any():
         other = torch.where(doubtful[labels], ~first, first)
         other_start, other_outputs = purify(~other, "without the larger groups")

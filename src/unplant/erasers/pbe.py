@@ -17,7 +17,7 @@ from unplant.detection.clusters import split_classes
 from unplant.detection.transplant import obedience, poisoned_side, recovered_trigger, with_trigger
 from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.erasers.base import Method, erasers
-from unplant.erasers.examination import Examination, cross_examine, findings, retrial
+from unplant.erasers.examination import Examination, cross_examine, doubtful_classes, findings, retrial
 from unplant.erasers.selection import (
     SCORES,
     Lesson,
@@ -46,6 +46,9 @@ class PBEConfig(AdversarialConfig):
         default=0.125, ge=0, description="clusters: nats an image from which a class is split in two"
     )
     balanced: Share = Field(default=0.25, description="clusters: share of the smaller group from which both are tried")
+    outweighs: Real = Field(
+        default=3.0, ge=1, description="clusters: times the median class's images from which both are tried, too"
+    )
     fallen: Share = Field(
         default=0.5, description="clusters: share of its label's probability that a group must lose to stay out"
     )
@@ -235,8 +238,9 @@ class Run:
         if config.transplants:
             side = poisoned_side(infected, data, split, config.precision)
         self.rounds.append({"step": "groups", **split.to_json(), "side": side.tolist()})
+        doubtful = doubtful_classes(split, data.labels, config.balanced, config.outweighs)
         found = cross_examine(
-            split, side, infected, self.before, data.labels, purify, balanced=config.balanced, fallen=config.fallen
+            split, side, infected, self.before, data.labels, purify, doubtful=doubtful, fallen=config.fallen
         )
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
         return found
