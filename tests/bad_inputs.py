@@ -646,6 +646,16 @@ command_row("both suspect and clean", 2, "exactly one", "--clean", "{w}/data")
 command_row("an attack without test images", 2, "--test", "--attack", "badnets")
 
 
+@row("command", "a learning rate at which everything becomes infinite", 6, "smaller lr")
+def _(w: Path) -> Arguments:
+    return with_data("{w}/data", "--set", "lr=1e30")
+
+
+@row("command", "a learning rate that ruins the model", 0, "warning: accuracy on the data fell")
+def _(w: Path) -> Arguments:
+    return with_data("{w}/data", "--set", "lr=50")
+
+
 @row("command", "no architecture for other people's weights", 2, "--arch")
 def _(w: Path) -> Arguments:
     return ["erase", "{w}/good/weights.pth", "--suspect", "{w}/data", "-o", "{out}"]

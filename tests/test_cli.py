@@ -342,6 +342,19 @@ def test_an_output_that_holds_the_data_is_refused(workshop, tmp_path, capsys):
     assert (tmp_path / "run" / "suspect").is_dir()
 
 
+def test_no_memory_is_exit_code_7_and_leaves_nothing(workshop, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("unplant.training.augment", full)
+    code, _, err = call(
+        capsys, "erase", workshop / "model.safetensors", "--clean", workshop / "data", "-o", tmp_path / "out"
+    )
+    assert code == 7
+    assert err.splitlines()[-1].startswith("unplant: not enough memory to train on 2 images at a time; use smaller")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_verdict_is_said_in_words():
     found = Findings(True, (1, 0), 0.0512, 20, 0.05, 0.2, 0.99, 0.02)
     lines = verdict(found, ("ant", "bee", "cat"))

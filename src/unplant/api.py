@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unplant.behaviour import check_behaviour, check_fits, check_knows, with_logits
+from unplant.behaviour import check_behaviour, check_fits, check_knows, check_purified, with_logits
 from unplant.classifier import Classifier
 from unplant.data import check_data, open_data
 from unplant.devices import global_state_kept
@@ -74,6 +74,8 @@ def erase(
         generator = torch.Generator().manual_seed(seed)
         around = {"generator": generator, "progress": progress, "journal": journal}
         erasure = chosen.run(scored, data, config or chosen.configure(), **around)
+        for line in check_purified(scored, erasure.model, data, erasure.suspects)[1]:
+            warnings.warn(line, UnplantWarning, stacklevel=2)
     if scored is not model and isinstance(erasure.model, Classifier):
         return replace(erasure, model=erasure.model.backbone)
     return erasure

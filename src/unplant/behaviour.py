@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from unplant.classifier import Classifier, device_of, frozen, logits
 from unplant.devices import global_state_kept, is_out_of_memory
-from unplant.errors import ModelFileError, UnplantError
+from unplant.errors import ModelFileError, NumericalError, UnplantError
 from unplant.images import LabeledImages
 
 SAMPLE = 64
 """Images that a check looks at."""
+
+HARM = 0.05
+"""A purified model whose accuracy fell by more than this is told of."""
 
 ENOUGH = 50
 """With fewer images an accuracy says too little to refuse a model."""
@@ -194,3 +197,31 @@ def _gradient(model: nn.Module, data: LabeledImages) -> Tensor | None:
             return None
         loss = F.cross_entropy(out, out.detach().topk(2).indices[:, 1], reduction="sum")
         return torch.autograd.grad(loss, pixels, allow_unused=True)[0]
+
+
+def check_purified(
+    infected: nn.Module, purified: nn.Module, data: LabeledImages, suspects: Tensor | None
+) -> tuple[dict[str, float], list[str]]:
+    """Accuracy before and after on (at most 1,000 of) the data, and a warning if it fell by more than 5 points.
+
+    The model learnt from these images, so it is no test accuracy; but a model that fell here has come to harm.
+
+    Args:
+        infected: pixels in [0, 1] → logits.
+        purified: what became of it.
+        data: what it was purified with.
+        suspects: bool (N,), images that don't count; None: all do.
+
+    Raises:
+        NumericalError: the purified model's outputs aren't finite.
+    """
+    trusted = data if suspects is None or suspects.all() else data.select(~suspects)
+    part = trusted.sample(1000, torch.Generator().manual_seed(0))
+    outputs = {"before": logits(infected, part), "after": logits(purified, part)}
+    if not torch.isfinite(outputs["after"]).all():
+        raise NumericalError("the purified model's outputs are NaN or infinite; it isn't written; try a smaller lr")
+    accuracy = {when: float((out.argmax(1) == part.labels).float().mean()) for when, out in outputs.items()}
+    if accuracy["after"] >= accuracy["before"] - HARM:
+        return accuracy, []
+    fell = f"from {accuracy['before']:.1%} to {accuracy['after']:.1%}"
+    return accuracy, [f"accuracy on the data fell {fell}: the purified model has come to harm"]

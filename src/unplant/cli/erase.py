@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from unplant.behaviour import blamed_on_the_model, check_behaviour, check_knows
+from unplant.behaviour import blamed_on_the_model, check_behaviour, check_knows, check_purified
 from unplant.cli.common import (
     check_apart,
     open_journal,
@@ -78,13 +78,16 @@ def run(
             generator = torch.Generator().manual_seed(seed)
             around = {"progress": progress, "journal": open_journal(output, card, save_every)}
             erasure = chosen.run(infected, data, config, generator=generator, **around)
+            accuracy, harm = check_purified(infected, erasure.model, data, erasure.suspects)
+        say_warnings(harm)
         about: dict[str, Any] = {
             "method": chosen.name,
             "preset": preset,
             "seed": seed,
             "model": str(model),
             "data": source,
-            "warnings": warnings,
+            "warnings": warnings + harm,
+            "accuracy_on_data": accuracy,
         }
         before = evaluate(infected, test_data, known) if test_data is not None else None
         after = evaluate(erasure.model, test_data, known) if test_data is not None else None
