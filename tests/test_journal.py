@@ -9,7 +9,7 @@ from torch import nn
 
 from unplant.classifier import activations, logits
 from unplant.devices import is_out_of_memory
-from unplant.errors import NumericalError, OutOfMemoryError
+from unplant.errors import NumericalError, OutOfMemoryError, WriteError
 from unplant.images import LabeledImages
 from unplant.inversion import Patches
 from unplant.journal import Journal
@@ -89,6 +89,14 @@ def test_a_training_cut_off_at_any_step_goes_on_to_the_same_weights(tmp_path, wh
     resumed = train(Journal(tmp_path, seconds=0))
     assert equal(resumed, whole)
     assert resumed[2] == STEPS - cut, "steps that were written down were done again"
+
+
+def test_the_folder_is_made_when_it_is_needed_or_told_of(tmp_path, whole):
+    assert train(Journal(str(tmp_path / "a" / "b"), seconds=0), cut=4) is None
+    assert train(Journal(tmp_path / "a" / "b"))[2] == STEPS - 4
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="can't write"):
+        train(Journal(tmp_path / "file" / "journal"))
 
 
 def test_one_cut_off_before_its_first_page_begins_anew(tmp_path, whole):

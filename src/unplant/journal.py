@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ class Journal:
     """Pages of trainings, in a folder.
 
     Args:
-        folder: where; it may hold pages already. None: nothing is remembered.
+        folder: where; made when it is needed, and it may hold pages already. None: nothing is remembered.
         seconds: so often a training in progress is written down, at most.
         salt: anything else that decides what a training gives, such as the code of the network.
     """
 
-    def __init__(self, folder: Path | None = None, *, seconds: float = SECONDS, salt: str = "") -> None:
-        self.folder, self.seconds, self.salt = folder, seconds, salt
+    def __init__(self, folder: Path | str | None = None, *, seconds: float = SECONDS, salt: str = "") -> None:
+        self.folder, self.seconds, self.salt = Path(folder) if folder is not None else None, seconds, salt
 
     def page(self, *settings: Any, tensors: Iterable[Tensor]) -> "Page":
         """The page of the training that starts from these settings (plain values) and tensors."""
@@ -82,6 +83,8 @@ class Page:
         """
         if self.path is None:
             return
+        with suppress(OSError):  # if it can't be made, the page can't be written either, which is told then
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         content = safetensors.torch.save(plain)
         write_atomically(self.path, hashlib.sha256(content).hexdigest().encode() + content)
