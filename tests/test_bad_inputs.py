@@ -128,10 +128,16 @@ def table() -> str:
     return "\n".join(parts)
 
 
+def beginnings(text: str) -> list[list[str]]:
+    """Cells of each line, cut to 50 characters: what libraries say at the end may change with their versions."""
+    return [[cell.strip()[:50] for cell in line.split(" | ")] for line in text.strip().splitlines()]
+
+
 def test_the_table_of_the_security_page_is_what_happens():
     page = PAGE.read_text(encoding="utf-8")
     start, end = (page.index(mark) for mark in MARKS)
-    assert page[start + len(MARKS[0]) : end].strip() == table().strip(), "run: python tests/test_bad_inputs.py"
+    told = page[start + len(MARKS[0]) : end]
+    assert beginnings(told) == beginnings(table()), "run: python tests/test_bad_inputs.py"
 
 
 def test_every_group_is_on_the_page_and_rows_differ():
