@@ -121,8 +121,8 @@ def table() -> str:
         parts += [f"### {title}", "", "| what comes | exit code | what Unplant says |", "|---|---|---|"]
         for row in (row for row in ROWS if row.group == group):
             got = answer(row)
-            chosen = [line for line in got.lines if row.code or line.startswith("warning: ")]
-            line = (chosen[0] if chosen else "goes on").removeprefix("unplant: ").replace("|", "\\|")
+            chosen = [line for line in got.lines if row.words and re.search(row.words.replace("{w}", "…"), line)]
+            line = (chosen[-1] if chosen else "goes on").removeprefix("unplant: ").replace("|", "\\|")
             parts.append(f"| {row.what} | {got.code} | {line if len(line) <= 240 else line[:239] + '…'} |")
         parts.append("")
     return "\n".join(parts)
