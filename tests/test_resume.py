@@ -19,6 +19,7 @@ import pytest
 
 from unplant.cli import main
 from unplant.data import digits
+from unplant.errors import WriteError
 from unplant.files import OutputFolder
 from unplant.planting import TrainConfig, parse_attack, plant
 from unplant.runs import ModelCard, save_classifier
@@ -219,11 +220,19 @@ def test_a_lock_ends_with_its_process(tmp_path):
 def test_a_folder_that_somebody_else_put_there_is_not_used(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.part").symlink_to(tmp_path / "elsewhere")
-    from unplant.errors import WriteError
-
     with pytest.raises(WriteError, match="belongs to somebody else"):
         OutputFolder(tmp_path / "out")
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_read_only_place_is_told_of_before_anything_is_done(tmp_path, monkeypatch):
+    def denied(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", denied)  # root may write everywhere
+    with pytest.raises(WriteError, match=f"can't write {tmp_path / 'out'}: Permission denied"):
+        OutputFolder(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_between_the_last_two_steps_loses_neither_folder(tmp_path):
