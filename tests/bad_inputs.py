@@ -5,13 +5,11 @@
 
 import argparse
 import io
-import json
 import os
 import pickle
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from file_helpers import F32, flipped, nested, npz, rezipped, safetensors_with, saved
+from image_helpers import crc_broken, png_header
 from PIL import Image
 from torch import nn
 
@@ -107,12 +107,6 @@ def on(data: str | Path, *more: str) -> Arguments:
 # Checkpoints.
 
 
-def saved(value: object, new_format: bool = True) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream, _use_new_zipfile_serialization=new_format)
-    return stream.getvalue()
-
-
 def file_row(what: str, code: int, words: str, content: Callable[[Path], bytes], name: str = "model.pth") -> None:
     """A row whose bad thing is a file's content."""
 
@@ -133,25 +127,6 @@ class Payload:
         return os.mkdir, (self.place,)
 
 
-def rezipped(content: bytes, compression: int = zipfile.ZIP_STORED, extra: tuple[str, ...] = ()) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(stream, "w", compression) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-        for name in extra:
-            new.writestr(name, b"{}")
-    return stream.getvalue()
-
-
-def flipped(content: bytes) -> bytes:
-    """One bit of the first stored tensor is wrong."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        first = archive.read(next(name for name in archive.namelist() if name.endswith("data/0")))
-    damaged = bytearray(content)
-    damaged[content.index(first) + 5] ^= 1
-    return bytes(damaged)
-
-
 def on_cuda(content: bytes) -> bytes:
     """As saved on a machine with an accelerator."""
     stream = io.BytesIO()
@@ -163,25 +138,6 @@ def on_cuda(content: bytes) -> bytes:
     return stream.getvalue()
 
 
-def npz() -> bytes:
-    stream = io.BytesIO()
-    np.savez(stream, w=np.zeros(3))
-    return stream.getvalue()
-
-
-def safetensors_with(header: object, data: bytes = b"\0" * 8) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def nested(depth: int) -> list:
-    value: list = []
-    for _ in range(depth):
-        value = [value, value]
-    return value
-
-
-F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 SMALL = {"w": torch.zeros(2)}
 
 
@@ -349,6 +305,11 @@ class Raises(Odd):
         raise KeyError("forward is broken")
 
 
+class Exits(Odd):
+    def forward(self, x):
+        raise SystemExit(0)
+
+
 class Later(Odd):
     calls = 0
 
@@ -387,6 +348,7 @@ model_row("Rounded", "has a zero gradient", 3, "gradient")
 model_row("Detached", "has no gradient", 3, "gradient")
 model_row("Constant", "always gives the same output", 3, "guessing|same")
 model_row("Raises", "raises an exception", 3, "KeyError")
+model_row("Exits", "ends the program", 3, "sys.exit")
 model_row("Later", "raises an exception in the middle of the run", 3, "IndexError: forward broke")
 model_row("Reseeds", "sets global seeds", 0, "")
 
@@ -408,26 +370,11 @@ def picture(mode: str = "L", size: tuple[int, int] = (16, 16), value: object = 9
     return stream.getvalue()
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A valid PNG of 70 bytes that claims to be that large."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 def noisy(kind: str) -> bytes:
     stream = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()
-
-
-def crc_broken(content: bytes) -> bytes:
-    place = content.index(b"IDAT") + 6
-    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
 
 
 def animated() -> bytes:

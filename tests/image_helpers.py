@@ -34,3 +34,13 @@ def interlaced(pixels):
     passes = [pixels[top::down, left::right] for top, left, down, right in ADAM7]
     rows = b"".join(b"\0" + row.tobytes() for part in passes if part.size for row in np.ascontiguousarray(part))
     return png((width, height, 8, 2, 1), rows)
+
+
+def png_header(width, height):
+    """A valid PNG of 70 bytes that claims to be that large."""
+    return png((width, height, 8, 2, 0), b"")
+
+
+def crc_broken(content):
+    position = content.index(b"IDAT") + 6
+    return content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :]

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from file_helpers import nested, saved
 from torch import nn
 
 from unplant.errors import ModelFileError, WriteError, printable, shown
@@ -30,12 +31,6 @@ from unplant.limits import Limits
 pytestmark = pytest.mark.timeout(60)
 
 FORMATS = pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-
-
-def saved(value, new_format=True, **how):
-    stream = io.BytesIO()
-    torch.save(value, stream, _use_new_zipfile_serialization=new_format, **how)
-    return stream.getvalue()
 
 
 def file(tmp_path, content):
@@ -676,14 +671,6 @@ def test_nested_json_and_text_are_no_trouble(tmp_path):
 
 
 # Bombs: small files that would take hours or terabytes.
-
-
-def nested(depth):
-    """A list of 2^depth leaves that takes `depth` objects."""
-    value = []
-    for _ in range(depth):
-        value = [value, value]
-    return value
 
 
 EXPONENTIAL_KEY = b"\x80\2})" + b"q\0h\0\x86" * 100 + b"K\1s."

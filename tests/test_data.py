@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from image_helpers import encoded, png
+from image_helpers import crc_broken, encoded, png_header
 from PIL import Image
 
 from unplant.data import digits, open_data, read_folder, read_npz, write_folder
@@ -320,11 +320,6 @@ def test_odd_file_names_are_kept(tmp_path):
 # Bad data.
 
 
-def png_header(width, height):
-    """A valid PNG of 70 bytes that claims to be that large."""
-    return png((width, height, 8, 2, 0), b"")
-
-
 def half(content):
     return content[: len(content) // 2]
 
@@ -332,11 +327,6 @@ def half(content):
 def animated():
     frames = [picture(), picture()]
     return encoded(frames[0], save_all=True, append_images=frames[1:])
-
-
-def crc_broken(content):
-    position = content.index(b"IDAT") + 6
-    return content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :]
 
 
 BAD_IMAGES = {

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from file_helpers import F32, flipped, nested, npz, rezipped, safetensors_with, saved
 from torch import nn
 
 from unplant.classifier import Classifier
@@ -265,32 +266,6 @@ def test_half_precision_weights_are_widened_and_old_batch_norms_fit(tmp_path, we
 # Bad and hostile files: each maker writes one at `path`; the error is one line with the path in it.
 
 
-def saved(value, new_format=True):
-    stream = io.BytesIO()
-    torch.save(value, stream, _use_new_zipfile_serialization=new_format)
-    return stream.getvalue()
-
-
-def rezipped(content, compression=zipfile.ZIP_STORED, extra=(), drop=()):
-    stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(stream, "w", compression) as new:
-        for name in old.namelist():
-            if name not in drop:
-                new.writestr(name, old.read(name))
-        for name in extra:
-            new.writestr(name, b"{}")
-    return stream.getvalue()
-
-
-def flipped(content):
-    """One bit of the first weight, which is the first stored tensor."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        first = archive.read(next(name for name in archive.namelist() if name.endswith("data/0")))
-    damaged = bytearray(content)
-    damaged[content.index(first) + 5] ^= 1
-    return bytes(damaged)
-
-
 def torchscript():
     stream = io.BytesIO()
     with warnings.catch_warnings():
@@ -299,28 +274,9 @@ def torchscript():
     return stream.getvalue()
 
 
-def npz():
-    stream = io.BytesIO()
-    np.savez(stream, w=np.zeros(3))
-    return stream.getvalue()
-
-
-def safetensors_with(header, data=b"\0" * 8):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def nested(depth):
-    """A list of 2^depth leaves that takes `depth` objects: printing it would never end."""
-    value = []
-    for _ in range(depth):
-        value = [value, value]
-    return value
-
-
 STATE = dict(net().state_dict())
 ZIP, LEGACY = saved(STATE), saved(STATE, new_format=False)
-F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
 CARD = {"w": F32, "__metadata__": {"unplant": "[" * 100_000}}
 
 BAD_CONTENT = {

@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise KeyboardInterrupt
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted; nothing was written", 130)
-    except (BrokenPipeError, SystemExit):  # the latter is what typer makes of the former
+    except (BrokenPipeError, SystemExit) as error:  # the latter is also what typer makes of the former
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            sys.exit(_fail("stopped by code of the model's own (it calls sys.exit); take that out", 3))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 5
     except Exception as error:
