@@ -33,7 +33,8 @@ def main() -> None:
         for label, share in enumerate(groups["minor_share"]):
             if share == 0:
                 continue
-            poisoned, seen = label == target, groups["side"][label] != 0
+            poisoned = label == target
+            seen = groups["carriers" if "carriers" in groups else "side"][label] != 0  # "side": in older results
             colour, mark = ("tab:red" if poisoned else "0.6"), ("*" if seen else "o")
             axis.plot(place, max(falls[label], LOWEST), mark, color=colour, markersize=11 if seen else 7)
     axis.axhline(0.5, color="0.3", linewidth=0.8, linestyle="--")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from unplant.detection.clusters import Split, split_classes
+from unplant.detection.clusters import Split, outweighing, split_classes
 from unplant.erasers.aft import AFTConfig, fitting_eps
-from unplant.erasers.examination import cross_examine, doubtful_classes, findings, retrial
+from unplant.erasers.examination import cross_examine, findings, retrial
 from unplant.erasers.selection import (
     below,
     cosine_score,
@@ -21,6 +21,9 @@ from unplant.erasers.selection import (
 )
 from unplant.images import LabeledImages
 
+HALVES = torch.zeros(2, dtype=torch.bool)
+"""No class may fall into more than two groups."""
+
 
 @pytest.fixture
 def outputs(generator):
@@ -28,7 +31,7 @@ def outputs(generator):
 
 
 def limits(split):
-    return {"doubtful": split.minor_share > 0.25, "fallen": 0.5}
+    return {"balanced": 0.25, "many": torch.zeros(len(split.count), dtype=torch.bool), "longer": False, "fallen": 0.5}
 
 
 def test_scores_equal_a_loop(outputs):
@@ -149,19 +152,36 @@ class TestClusters:
         two, one = clouds(generator, apart=6.0), clouds(generator, apart=0.0)
         noise = torch.randn(200, 30, generator=generator)
         labels = torch.tensor([0] * 100 + [1] * 100)
-        split = split_classes([noise, torch.cat([two, one])], labels, 2, least_gain=0.125)
-        assert split.minor[:60].sum() == 0
-        assert split.minor[60:100].all()
-        assert not split.minor[100:].any()
+        split = split_classes([noise, torch.cat([two, one])], labels, HALVES, least_gain=0.125)
+        assert split.group.tolist() == [0] * 60 + [1] * 40 + [0] * 100
+        assert split.count.tolist() == [2, 1]
         assert split.minor_share.tolist() == pytest.approx([0.4, 0.0])
         assert split.gain[0] > 0.5 > split.gain[1]
+
+    def test_a_class_that_outweighs_the_others_may_fall_into_more_than_two(self, generator):
+        points = torch.randn(250, 30, generator=generator)
+        points[100:180, :5] += 8
+        points[180:, 5:10] += 8
+        labels, many = torch.zeros(250, dtype=torch.int64), torch.tensor([True])
+        split = split_classes([points], labels, many, least_gain=0.125)
+        assert split.group.tolist() == [0] * 100 + [1] * 80 + [2] * 70
+        assert split.count.tolist() == [3]
+        assert split.minor_share.tolist() == pytest.approx([0.6])
+        assert int(split_classes([points], labels, ~many, least_gain=0.125).count) == 2
+
+    def test_third_groups_of_a_few_images_do_not_count(self, generator):
+        points = torch.randn(225, 30, generator=generator)
+        points[100:200, :5] += 8
+        points[200:, 5:10] += 8
+        split = split_classes([points], torch.zeros(225).long(), torch.tensor([True]), least_gain=0.125)
+        assert split.count.tolist() == [2]
 
     def test_gain_is_half_the_difference_of_the_bic_per_image(self, generator):
         from sklearn.decomposition import PCA
         from sklearn.mixture import GaussianMixture
 
         points = clouds(generator, apart=6.0)
-        split = split_classes([points], torch.zeros(100, dtype=torch.int64), 1, least_gain=0.125)
+        split = split_classes([points], torch.zeros(100, dtype=torch.int64), HALVES[:1], least_gain=0.125)
         scaled = (points / points.std(0)).double().numpy()
         reduced = PCA(10, random_state=0).fit_transform(scaled)
         bic = [
@@ -172,10 +192,10 @@ class TestClusters:
 
     def test_small_classes_and_constant_features_are_left_whole(self, generator):
         few = clouds(generator, apart=6.0, sizes=(15, 15))
-        split = split_classes([few], torch.zeros(30, dtype=torch.int64), 2, least_gain=0.125)
-        assert not split.minor.any()
-        split = split_classes([torch.ones(100, 5)], torch.zeros(100, dtype=torch.int64), 1, least_gain=0.125)
-        assert not split.minor.any()
+        split = split_classes([few], torch.zeros(30, dtype=torch.int64), HALVES, least_gain=0.125)
+        assert not split.group.any()
+        split = split_classes([torch.ones(100, 5)], torch.zeros(100, dtype=torch.int64), HALVES[:1], least_gain=0.125)
+        assert not split.group.any()
 
 
 class Brightness(nn.Module):
@@ -217,17 +237,47 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
     sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
     taught = {}
 
-    def purify(part, why):
+    def purify(part, why, long):
         model = nn.Identity()
         taught[model] = part
         return model, sure if part[poisoned].any() else torch.where(poisoned[:, None], -sure, sure)
 
-    split = split_classes([layer], labels, 2, least_gain=0.125)
-    found = cross_examine(split, torch.zeros(2).long(), nn.Identity(), sure, labels, purify, **limits(split))
+    split = split_classes([layer], labels, HALVES, least_gain=0.125)
+    found = cross_examine(
+        split, torch.zeros(200, dtype=torch.bool), nn.Identity(), sure, labels, purify, **limits(split)
+    )
     assert torch.equal(found.left_out, poisoned)
     assert torch.equal(taught[found.start], ~poisoned)
     assert (found.score[poisoned] > 0.9).all()
     assert (found.score[~poisoned] == 0).all()
+
+
+@pytest.mark.parametrize("poison", [{0, 1}, {0, 2}, {1, 2}, {1}, set()], ids=str)
+@pytest.mark.parametrize("longer", [False, True])
+def test_each_of_many_groups_is_judged_by_itself(poison, longer):
+    """Three groups of one class, as measured: the poison of one group teaches that of the others, never clean images.
+
+    Clean images that no clean image of their class teaches lose a good half of their label, poison loses all.
+    """
+    group, labels = torch.tensor([0] * 50 + [1] * 45 + [2] * 40 + [0] * 30), torch.tensor([0] * 135 + [1] * 30)
+    poisoned = (labels == 0) & torch.isin(group, torch.tensor(sorted(poison), dtype=torch.int64))
+    sure = torch.full((165, 2), -3.0).scatter(1, labels[:, None], 3.0)
+
+    def purify(part, why, long):
+        taught = part & (labels == 0)
+        chance = torch.full((165,), 0.99)
+        if not (taught & poisoned).any():
+            chance[poisoned] = 0.01
+        if not (taught & ~poisoned).any():
+            chance[(labels == 0) & ~poisoned] = 0.4
+        return nn.Identity(), torch.stack([chance, 1 - chance], 1).log().where(labels[:, None] == 0, sure)
+
+    split = Split(group, torch.ones(2), torch.tensor([3, 1]), torch.tensor([0.6, 0.0]))
+    nobody = torch.zeros(165, dtype=torch.bool)
+    settings = {"balanced": 0.25, "many": torch.tensor([True, False]), "longer": longer, "fallen": 0.5}
+    found = cross_examine(split, nobody, nn.Identity(), sure, labels, purify, **settings)
+    assert torch.equal(found.left_out, poisoned)
+    assert float(found.fall[0]) > 0.9 if poison else float(found.fall[0]) < 0.1
 
 
 def test_a_group_with_a_working_trigger_needs_no_trial_and_is_not_trusted_again(generator):
@@ -239,13 +289,13 @@ def test_a_group_with_a_working_trigger_needs_no_trial_and_is_not_trusted_again(
     sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
     calls = []
 
-    def purify(part, why):
+    def purify(part, why, long):
         calls.append(part)
         return nn.Identity(), sure
 
-    split = split_classes([layer], labels, 2, least_gain=0.125)
-    side = torch.tensor([1 if torch.equal(split.minor, poisoned) else -1, 0])
-    found = cross_examine(split, side, nn.Identity(), sure, labels, purify, **limits(split))
+    split = split_classes([layer], labels, HALVES, least_gain=0.125)
+    carrying = (labels == 0) & (split.group == split.group[0])
+    found = cross_examine(split, carrying, nn.Identity(), sure, labels, purify, **limits(split))
     assert len(calls) == 1
     assert torch.equal(calls[0], ~poisoned)
     assert torch.equal(found.left_out, poisoned)
@@ -265,20 +315,19 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
 
     calls = []
 
-    def purify(part, why):
+    def purify(part, why, long):
         calls.append(part)
         return nn.Identity(), torch.where(rare[:, None], outputs(0.6), outputs(0.99))
 
-    split = split_classes([layer], labels, 2, least_gain=0.125)  # no image has the last label
+    split = split_classes([layer], labels, HALVES, least_gain=0.125)  # no image has the last label
     found = cross_examine(
         split,
-        torch.zeros(2).long(),
+        torch.zeros(100, dtype=torch.bool),
         nn.Identity(),
         outputs(0.99),
         labels,
         purify,
-        doubtful=split.minor_share > 0.25,
-        fallen=0.5,
+        **limits(split),
     )
     assert torch.equal(calls[0], ~rare)
     assert not found.left_out.any()
@@ -286,13 +335,35 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
     assert float(found.score[rare].mean()) == pytest.approx(0.39, abs=1e-5)
 
 
-def test_a_class_is_doubtful_if_its_groups_are_alike_or_if_it_outweighs_the_others():
+def test_what_outweighs_the_others_has_times_the_images_of_the_median_class():
     labels = torch.tensor([0] * 30 + [1] * 9 + [2] * 10 + [3] * 11 + [4] * 10)
-    share = torch.tensor([0.1, 0.3, 0.25, 0.0, 0.2])
-    split = Split(torch.zeros(70, dtype=torch.bool), torch.zeros(5), share)
-    assert doubtful_classes(split, labels, 0.25, 3.0).tolist() == [True, True, False, False, False]
-    assert doubtful_classes(split, labels, 0.25, 3.1).tolist() == [False, True, False, False, False]
-    whole = Split(split.minor, split.gain, torch.tensor([0.0, 0.3, 0.25, 0.0, 0.2]))
-    assert not doubtful_classes(whole, labels, 0.25, 3.0)[0], "a class that isn't split has no groups to try"
-    empty = doubtful_classes(Split(split.minor, torch.zeros(9), torch.full((9,), 0.1)), labels, 0.25, 3.0)
-    assert empty.tolist() == [True] + [False] * 8, "classes without images don't make others heavy"
+    assert outweighing(labels, 5, 3.0).tolist() == [True, False, False, False, False]
+    assert not outweighing(labels, 5, 3.1).any()
+    assert outweighing(labels, 9, 3.0).tolist() == [True] + [False] * 8, (
+        "classes without images don't make others heavy"
+    )
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_which_groups_are_tried(longer):
+    """Class 0 outweighs and has three groups, class 1 two alike, class 2 a small one, class 3 one; nothing is lost."""
+    labels = torch.arange(5).repeat_interleave(torch.tensor([30, 10, 10, 10, 10]))
+    group = torch.cat([torch.arange(30) % 3, torch.arange(10) % 2, torch.arange(10) // 9, torch.zeros(20).long()])
+    split = Split(
+        group, torch.ones(5), torch.tensor([3, 2, 2, 1, 1]), torch.tensor([2 / 3, 0.5, 0.1, 0.0, 0.0])
+    )  # fmt: skip
+    many, out = torch.tensor([True] + [False] * 4), torch.full((70, 5), 0.0)
+    tried = []
+
+    def purify(part, why, long):
+        kept = [sorted(set(group[part & (labels == label)].tolist())) for label in range(3)]
+        tried.append((kept, long))
+        return nn.Identity(), out
+
+    settings = {"balanced": 0.25, "many": many, "longer": longer, "fallen": 0.5}
+    nobody = torch.zeros(70, dtype=torch.bool)
+    found = cross_examine(split, nobody, nn.Identity(), out, labels, purify, **settings)
+    usual = [([[0], [0], [0]], False), ([[0], [1], [0]], False)]
+    alone = [([[kept], [0], [0]], longer) for kept in range(3)]
+    assert tried == usual + (alone if longer else alone[1:])
+    assert not found.left_out.any()

@@ -9,8 +9,8 @@ from torch import nn
 from unplant.detection.clusters import Split
 from unplant.detection.transplant import (
     answers,
+    carriers,
     obedience,
-    poisoned_side,
     recovered_trigger,
     transplant,
     with_trigger,
@@ -114,19 +114,24 @@ def poisoned_set(generator):
     return with_change(LabeledImages(images, labels.masked_fill(group, 0), data.classes), group, patch), group
 
 
+def split_of(minor, label) -> Split:
+    """One class of four in two groups."""
+    count = torch.ones(4, dtype=torch.int64)
+    count[label] = 2
+    return Split(minor.long(), torch.ones(4), count, torch.zeros(4))
+
+
 @pytest.mark.parametrize("poison_is", ["minor", "major"])
 def test_the_side_that_carries_the_trigger_is_found(poisoned_set, poison_is):
     data, group = poisoned_set
     minor = group if poison_is == "minor" else (data.labels == 0) & ~group
-    split = Split(minor, torch.ones(4), torch.tensor([0.3, 0, 0, 0]))
-    assert poisoned_side(Obeys(), data, split).tolist() == [1 if poison_is == "minor" else -1, 0, 0, 0]
+    assert torch.equal(carriers(Obeys(), data, split_of(minor, 0)), group)
 
 
 def test_a_natural_group_carries_nothing(poisoned_set):
     data, _ = poisoned_set
     minor = (data.labels == 1) & (torch.arange(400) % 3 == 0)
-    split = Split(minor, torch.ones(4), torch.tensor([0.0, 0.3, 0, 0]))
-    assert poisoned_side(Obeys(), data, split).tolist() == [0, 0, 0, 0]
+    assert not carriers(Obeys(), data, split_of(minor, 1)).any()
 
 
 def test_the_test_abstains_where_a_class_is_its_own_template(poisoned_set):
@@ -141,8 +146,7 @@ def test_the_test_abstains_where_a_class_is_its_own_template(poisoned_set):
 
     aligned = LabeledImages(images, data.labels, data.classes)
     minor = (aligned.labels == 2) & (torch.arange(400) % 2 == 0)
-    split = Split(minor, torch.ones(4), torch.tensor([0.0, 0, 0.5, 0]))
-    assert poisoned_side(Brightness(), aligned, split).tolist() == [0, 0, 0, 0]
+    assert not carriers(Brightness(), aligned, split_of(minor, 2)).any()
 
 
 def test_the_trigger_is_recovered_only_if_the_model_obeys_it(poisoned_set):

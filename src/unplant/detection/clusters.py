@@ -1,8 +1,9 @@
-"""Does a class consist of two kinds of images? Mixtures of Gaussians in the infected model's features.
+"""Does a class consist of several kinds of images? Mixtures of Gaussians in the infected model's features.
 
 Poisoned images of a class share features that its clean images don't have. Activation Clustering (Chen et al., 2018,
 arXiv:1811.03728) looks at the last layer with k-means; here several depths are tried, and the evidence for two
-components over one is measured.
+components over one is measured. In classes that outweigh the others, where poison may be most of what there is, more
+components are allowed: images of all other classes, under one label, are kinds of their own.
 """
 
 from dataclasses import dataclass
@@ -12,60 +13,80 @@ import torch
 from torch import Tensor
 
 SMALLEST_CLASS = 40
-"""Classes with fewer images aren't split: ten dimensions can't be fitted."""
+"""Classes with fewer images aren't split, and third groups with fewer don't count: ten dimensions can't be fitted."""
+
+MANY = 5
+"""Most groups of a class that outweighs the others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Two groups within each class.
+    """Groups within each class.
 
     Attributes:
-        minor: bool (N,), true for the images of the smaller group of their class.
-        gain: float (K,), evidence for two groups over one, in nats an image: half the difference of the BIC.
-        minor_share: float (K,), share of the class that is in the smaller group; 0 where the class wasn't split.
+        group: int64 (N,), the number of each image's group within its class, by size: 0 is the largest.
+        gain: float (K,), evidence for several groups over one, in nats an image: half the difference of the BIC.
+        count: int64 (K,), groups of each class; 1 where the class wasn't split.
+        minor_share: float (K,), share of the class outside of its largest group.
     """
 
-    minor: Tensor
+    group: Tensor
     gain: Tensor
+    count: Tensor
     minor_share: Tensor
 
     def to_json(self) -> dict[str, list[float]]:
         """What is known of each class, as plain numbers."""
-        return {name: [round(v, 3) for v in getattr(self, name).tolist()] for name in ("gain", "minor_share")}
+        return {name: [round(v, 3) for v in getattr(self, name).tolist()] for name in ("gain", "count", "minor_share")}
+
+
+def outweighing(labels: Tensor, num_classes: int, times: float) -> Tensor:
+    """Bool (K,): classes with so many times the images of the median class, of those that have any.
+
+    Where poison is more than its class, it is the larger group: so it is at a tenth of the images with thirty classes
+    and more. Such a class has far more images than others.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    return counts >= times * counts[counts > 0].float().median()
 
 
 def split_classes(
-    layers: list[Tensor], labels: Tensor, num_classes: int, *, least_gain: float, dimensions: int = 10
+    layers: list[Tensor], labels: Tensor, many: Tensor, *, least_gain: float, dimensions: int = 10
 ) -> Split:
-    """Splits each class at the depth where two groups are most evident.
+    """Splits each class at the depth where groups are most evident.
 
     Args:
         layers: features (N, D) at several depths.
         labels: int64 (N,).
-        num_classes: K.
+        many: bool (K,), classes that may fall into up to `MANY` groups; the others into two.
         least_gain: a class with less evidence, in nats an image, isn't split.
         dimensions: principal components that are kept.
     """
-    minor = torch.zeros(len(labels), dtype=torch.bool)
-    gain, share = torch.zeros(num_classes), torch.zeros(num_classes)
+    classes = len(many)
+    group = torch.zeros(len(labels), dtype=torch.int64)
+    gain, share = torch.zeros(classes), torch.zeros(classes)
+    count = torch.ones(classes, dtype=torch.int64)
     scales = [layer.std(0).clamp(min=1e-6) for layer in layers]  # every channel counts alike
-    for label in range(num_classes):
+    for label in range(classes):
         members = (labels == label).nonzero().flatten()
         if len(members) < max(SMALLEST_CLASS, 4 * dimensions):
             continue
+        most = MANY if many[label] else 2
         found = [
-            _two_groups((layer[members] / scale).numpy(), dimensions)
+            _groups((layer[members] / scale).numpy(), most, dimensions)
             for layer, scale in zip(layers, scales, strict=True)
         ]
-        best_gain, best_minor = max(found, key=lambda pair: pair[0])
+        best_gain, best = max(found, key=lambda pair: pair[0])
         gain[label] = best_gain
         if best_gain >= least_gain:
-            minor[members] = torch.from_numpy(best_minor)
-            share[label] = float(best_minor.mean())
-    return Split(minor, gain, share)
+            group[members] = torch.from_numpy(best)
+            count[label] = int(best.max()) + 1
+            share[label] = float((best > 0).mean())
+    return Split(group, gain, count, share)
 
 
-def _two_groups(features: np.ndarray, dimensions: int) -> tuple[float, np.ndarray]:
+def _groups(features: np.ndarray, most: int, dimensions: int) -> tuple[float, np.ndarray]:
+    """The gain of the best mixture of 2 to `most` Gaussians over one, and the groups, int64 (N,), by size."""
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
 
@@ -73,12 +94,17 @@ def _two_groups(features: np.ndarray, dimensions: int) -> tuple[float, np.ndarra
     spread = features.std(0)
     features = features[:, spread > 1e-8 * max(1.0, float(spread.max(initial=0.0)))]
     if features.shape[1] == 0:
-        return 0.0, np.zeros(len(features), dtype=bool)
+        return 0.0, np.zeros(len(features), dtype=np.int64)
     reduced = PCA(min(dimensions, features.shape[1]), random_state=0).fit_transform(features)
-    one, two = (
+    one, *several = (
         GaussianMixture(count, covariance_type="tied", n_init=tries, random_state=0).fit(reduced)
-        for count, tries in ((1, 1), (2, 4))
+        for count, tries in ((1, 1), *((count, 4) for count in range(2, most + 1)))
     )
-    group = two.predict(reduced).astype(bool)
-    minor = group if group.mean() <= 0.5 else ~group
-    return float(one.bic(reduced) - two.bic(reduced)) / (2 * len(reduced)), minor
+    found = []
+    for mixture in several:
+        given = mixture.predict(reduced)
+        sizes = np.bincount(given, minlength=mixture.n_components)
+        if mixture.n_components == 2 or sizes.min() >= SMALLEST_CLASS:
+            found.append((mixture.bic(reduced), np.argsort(np.argsort(-sizes, kind="stable"))[given]))
+    bic, group = min(found, key=lambda pair: pair[0])
+    return float(one.bic(reduced) - bic) / (2 * len(reduced)), group

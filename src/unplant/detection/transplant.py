@@ -89,39 +89,40 @@ def answers(model: nn.Module, images: LabeledImages, change: Transplant, precisi
     return logits(model, changed, precision=precision).argmax(1)
 
 
-def poisoned_side(model: nn.Module, data: LabeledImages, split: Split, precision: Precision = "float32") -> Tensor:
-    """Which group of each class carries a trigger that works on images of the other classes.
+def carriers(model: nn.Module, data: LabeledImages, split: Split, precision: Precision = "float32") -> Tensor:
+    """Groups that carry a trigger that works on images of the other classes.
 
-    The group's moments, against those of all other classes, are transplanted into images of other classes. If the
+    A group's moments, against those of all other classes, are transplanted into images of other classes. If the
     model then sees the class in most of them, it isn't for their contents: ordinary classes don't pass on their label
-    like that, and where they do (`TEMPLATE`), or where both groups do, the test abstains. It needs no fine-tuning,
-    and poisoned images that have their true label don't escape it.
+    like that, and where they do (`TEMPLATE`), or where all groups of a class do, the test abstains. It needs no
+    fine-tuning, and poisoned images that have their true label don't escape it.
 
     Returns:
-        int64 (K,): 1 if it is the smaller group, −1 if it is the larger one, 0 if the test abstains.
+        bool (N,), the images of such groups.
     """
     part = data.sample(500, torch.Generator().manual_seed(0))
 
     def obeyed(group: Tensor, label: int) -> float:
         others = part.select(part.labels != label)
-        if not len(others):
+        if not len(others) or not group.any():
             return 0.0
         change = transplant(data, group, data.labels != label)
         return float((answers(model, others, change, precision) == label).float().mean())
 
-    side = torch.zeros(data.num_classes, dtype=torch.int64)
+    found = torch.zeros(len(data), dtype=torch.bool)
     present = data.labels.unique().tolist()
-    halved = [label for label in present if split.minor_share[label] > 0]
+    halved = [label for label in present if split.count[label] > 1]
     if not halved or len(present) < 2:
-        return side
+        return found
     ordinary = torch.tensor([obeyed(data.labels == label, label) for label in present[:: max(1, len(present) // 10)]])
     if ordinary.median() > TEMPLATE:
-        return side
+        return found
     for label in halved:
-        members = data.labels == label
-        minor, major = (obeyed(members & group, label) > OBEYED for group in (split.minor, ~split.minor))
-        side[label] = int(minor) - int(major)
-    return side
+        groups = [(data.labels == label) & (split.group == number) for number in range(int(split.count[label]))]
+        carrying = [group for group in groups if obeyed(group, label) > OBEYED]
+        if len(carrying) < len(groups):
+            found |= torch.stack(carrying).any(0) if carrying else False
+    return found
 
 
 def recovered_trigger(

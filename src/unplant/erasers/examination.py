@@ -11,8 +11,9 @@ from unplant.detection.clusters import Split
 from unplant.erasers.selection import drop_score, mean_by
 from unplant.results import Findings
 
-Purify = Callable[[Tensor, str], tuple[nn.Module, Tensor]]
-"""Steps 1 and 2 on the images of a mask (N,), the text says what for: the purified model and its logits (N, K)."""
+Purify = Callable[[Tensor, str, bool], tuple[nn.Module, Tensor]]
+"""Steps 1 and 2 on the images of a mask (N,): the purified model and its logits (N, K). The text says what for, the
+flag that it should take the longer time."""
 
 
 def retrial(suspects: Tensor, heard: Tensor, after: Tensor, labels: Tensor) -> Tensor:
@@ -62,8 +63,8 @@ class Examination:
         score: float (N,), loss of its label's probability when its group was left out, or others were.
         outputs: float (N, K), the logits that gave this score.
         start: the model that was purified without just these images, or the infected one if none was.
-        fall: float (K,), share of its label's probability that each class's more suspicious group lost, beyond its
-            other one.
+        fall: float (K,), share of its label's probability that each class's most suspicious group lost, beyond the
+            trusted one; 0 for classes of one group.
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
     """
 
@@ -80,78 +81,84 @@ class Examination:
         return {"fall": [round(v, 3) for v in self.fall.tolist()], "left_out": counts.tolist()}
 
 
-def doubtful_classes(split: Split, labels: Tensor, balanced: float, outweighs: float) -> Tensor:
-    """Bool (K,): classes of which either group may be the poison.
-
-    Where poison is more than its class, it is the larger group: so it is at a tenth of the images with thirty classes
-    and more. Such a class has far more images than others.
-
-    Args:
-        split: the groups.
-        labels: int64 (N,).
-        balanced: share of the smaller group from which a class is doubtful.
-        outweighs: times the median class's images from which it is, whatever the share.
-    """
-    counts = torch.bincount(labels, minlength=len(split.minor_share))
-    heavy = counts >= outweighs * counts[counts > 0].float().median()
-    return (split.minor_share > balanced) | (heavy & (split.minor_share > 0))
-
-
 def cross_examine(
     split: Split,
-    side: Tensor,
+    carrying: Tensor,
     infected: nn.Module,
     before: Tensor,
     labels: Tensor,
     purify: Purify,
     *,
-    doubtful: Tensor,
+    balanced: float,
+    many: Tensor,
+    longer: bool,
     fallen: float,
 ) -> Examination:
-    """Finds, in each class, the group of images that needs no link to be recognised.
+    """Finds, in each class, the groups of images that need a link to be recognised.
 
-    A class that holds poison falls into two groups in the infected model's features; which of them is the poison, the
-    adversarial fine-tuning tells: purify without the one, then without the other. Clean images that were left out
+    A class that holds poison falls into groups in the infected model's features; which of them are the poison, the
+    adversarial fine-tuning tells: purify with one of them alone, then with another. Clean images that were left out
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
-    all, because their label hung on the trigger alone. Where it isn't doubtful which one is the poison, the smaller one
-    is left out without a second trial. In the end, a group that lost less than a share `fallen` of its label's
-    probability, beyond what the rest of its class lost, is trusted again: it is a natural kind, such as digits written
-    another way. Groups that were seen to carry a working trigger need no trial and aren't trusted again.
+    all, because their label hung on the trigger alone. So the group is trusted without which the others lose most. It
+    is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried,
+    and for longer if there are many classes: the less often adversarial examples hit on a target, the longer its
+    trigger lasts. In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the
+    rest of their class lost, are trusted again: they are natural kinds, such as digits written another way. Groups that
+    were seen to carry a working trigger need no trial and aren't trusted again.
 
     Args:
         split: the groups.
-        side: int64 (K,), which group carries a working trigger: 1 the smaller, −1 the larger, 0 not known.
+        carrying: bool (N,), groups that carry a working trigger.
         infected: θ₀.
         before: float (N, K), its logits.
         labels: int64 (N,).
         purify: Steps 1 and 2 from θ₀.
-        doubtful: bool (K,), classes of which both groups are tried.
+        balanced: share of a class outside of its largest group from which the other group is tried, too.
+        many: bool (K,), classes that outweigh the others: poison may be most of them.
+        longer: whether the longer time of `purify` is longer.
         fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
     """
-    left_out = torch.where((side < 0)[labels], ~split.minor, split.minor)
+    classes, width = len(many), int(split.count.max())
+    cell = labels * width + split.group
     had = before.softmax(1).gather(1, labels[:, None]).flatten()
+    seen = torch.zeros_like(many).index_fill_(0, labels[carrying], True)
 
-    def lost(score: Tensor, group: Tensor) -> Tensor:
-        """Share of its label's probability that the group of each class has lost, (K,)."""
-        probability = mean_by(labels, had, group, len(side))
-        return mean_by(labels, score, group, len(side)) / probability.clamp(min=1e-6)
+    def lost(score: Tensor, where: Tensor, members: Tensor, count: int) -> Tensor:
+        """Share of their label's probability that the members of each class or group have lost, (count,)."""
+        return mean_by(where, score, members, count) / mean_by(where, had, members, count).clamp(min=1e-6)
 
-    first = left_out
-    start, outputs = purify(~first, "without the smaller groups")
-    score = drop_score(before, outputs, labels)
-    doubtful = doubtful & (side == 0)
-    if doubtful.any():
-        other = torch.where(doubtful[labels], ~first, first)
-        other_start, other_outputs = purify(~other, "without the larger groups")
-        other_score = drop_score(before, other_outputs, labels)
-        turned = (doubtful & (lost(other_score, other) > lost(score, first)))[labels]
-        left_out = torch.where(turned, other, first)
-        score = torch.where(turned, other_score, score)
-        outputs = torch.where(turned[:, None], other_outputs, outputs)
-        if torch.equal(left_out, other):
-            start = other_start
-        elif not torch.equal(left_out, first):
-            start = infected
-    fall = lost(score, left_out) - lost(score, ~left_out)
-    fell, seen = (fall > fallen)[labels], (side != 0)[labels]
-    return Examination(left_out & (fell | seen), score, outputs, start, fall, left_out & seen & ~fell)
+    def by_group(score: Tensor, without: Tensor) -> Tensor:
+        """The same of each group that was left out, (K, groups); −∞ for the others."""
+        out = torch.bincount(cell[without], minlength=classes * width) > 0
+        return lost(score, cell, without, classes * width).masked_fill(~out, -torch.inf).view(classes, width)
+
+    left_out, score, outputs, most = carrying, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
+    models: list[tuple[Tensor, nn.Module]] = []
+
+    def trial(kept: int, tried: Tensor, long: bool = False, anew: bool = False) -> None:
+        """Purifies with one group of each class that is tried, and the largest of the others; keeps what is better."""
+        nonlocal left_out, score, outputs, most
+        without = torch.where(seen[labels], carrying, split.group != torch.where(tried, kept, 0)[labels])
+        why = f"with group {kept + 1} alone" if kept or long else "without the smaller groups"
+        model, given = purify(~without, why, long)
+        models.append((without, model))
+        drop = drop_score(before, given, labels)
+        share = by_group(drop, without).amax(1)
+        better = tried & ((share > most) | anew)
+        most, turned = torch.where(better, share, most), better[labels]
+        left_out, score = torch.where(turned, without, left_out), torch.where(turned, drop, score)
+        outputs = torch.where(turned[:, None], given, outputs)
+
+    trial(0, torch.ones_like(many), anew=True)
+    halves = (split.minor_share > balanced) & ~many & ~seen
+    if halves.any():
+        trial(1, halves)
+    for kept in range(0 if longer else 1, width):
+        tried = many & ~seen & (split.count > max(kept, 1))
+        if tried.any():
+            trial(kept, tried, longer, anew=kept == 0)
+    start = next((model for without, model in models if torch.equal(without, left_out)), infected)
+    falls = by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
+    fall = falls.amax(1)
+    fell = left_out & (falls > fallen).flatten()[cell]
+    return Examination(fell | carrying, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), carrying & ~fell)

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.classifier import activations, logits
-from unplant.detection.clusters import split_classes
-from unplant.detection.transplant import obedience, poisoned_side, recovered_trigger, with_trigger
+from unplant.detection.clusters import outweighing, split_classes
+from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
 from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.erasers.base import Method, erasers
-from unplant.erasers.examination import Examination, cross_examine, doubtful_classes, findings, retrial
+from unplant.erasers.examination import Examination, cross_examine, findings, retrial
 from unplant.erasers.selection import (
     SCORES,
     Lesson,
@@ -33,6 +33,9 @@ from unplant.params import Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import steps_of
 
+LEAST_STEPS_A_CLASS = 5
+"""Of the longer trials of classes that outweigh the others: ten classes take the usual 50."""
+
 
 class PBEConfig(AdversarialConfig):
     """Settings of PBE; those of Steps 1 and 2 are among them."""
@@ -45,9 +48,11 @@ class PBEConfig(AdversarialConfig):
     least_gain: Real = Field(
         default=0.125, ge=0, description="clusters: nats an image from which a class is split in two"
     )
-    balanced: Share = Field(default=0.25, description="clusters: share of the smaller group from which both are tried")
+    balanced: Share = Field(
+        default=0.25, description="clusters: share outside of the largest group from which each is tried"
+    )
     outweighs: Real = Field(
-        default=3.0, ge=1, description="clusters: times the median class's images from which both are tried, too"
+        default=3.0, ge=1, description="clusters: times the median class's images from which up to 5 groups are tried"
     )
     fallen: Share = Field(
         default=0.5, description="clusters: share of its label's probability that a group must lose to stay out"
@@ -228,19 +233,30 @@ class Run:
         """Groups in the features of θ₀, and what becomes of them when θ₀ is purified without them."""
         infected, data, config = self.infected, self.data, self.config
 
-        def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
-            model = self.learn(infected, Lesson(part, data.labels), self.steps, why, config.adversarial_share)
+        longer = max(self.steps, LEAST_STEPS_A_CLASS * data.num_classes)
+
+        def purify(part: Tensor, why: str, long: bool) -> tuple[nn.Module, Tensor]:
+            steps = longer if long else self.steps
+            model = self.learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share)
             return model, self.outputs(model)
 
         layers = activations(infected, data, precision=config.precision)
-        split = split_classes(layers, data.labels, data.num_classes, least_gain=config.least_gain)
-        side = torch.zeros(data.num_classes, dtype=torch.int64)
-        if config.transplants:
-            side = poisoned_side(infected, data, split, config.precision)
-        self.rounds.append({"step": "groups", **split.to_json(), "side": side.tolist()})
-        doubtful = doubtful_classes(split, data.labels, config.balanced, config.outweighs)
+        many = outweighing(data.labels, data.num_classes, config.outweighs)
+        split = split_classes(layers, data.labels, many, least_gain=config.least_gain)
+        carrying = carriers(infected, data, split, config.precision) if config.transplants else self.nobody
+        carried = torch.bincount(data.labels[carrying], minlength=data.num_classes)
+        self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
         found = cross_examine(
-            split, side, infected, self.before, data.labels, purify, doubtful=doubtful, fallen=config.fallen
+            split,
+            carrying,
+            infected,
+            self.before,
+            data.labels,
+            purify,
+            balanced=config.balanced,
+            many=many,
+            longer=longer > self.steps,
+            fallen=config.fallen,
         )
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
         return found
