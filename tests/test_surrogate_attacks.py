@@ -143,6 +143,20 @@ def test_the_patch_equals_a_slow_loop(shape, amplitude):
         assert torch.equal(LabelConsistent()(data.pixels().flip(3)), stamped.flip(3))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 20), (9, 9), (7, 12), (3, 3), (2, 5)], ids=str)
+def test_with_a_margin_the_patches_lie_further_inside(size):
+    """As far as there is room: the corner patches of the smaller image within, and nothing around it."""
+    height, width = size
+    inset = min(6, max(0, (height - 3) // 2), max(0, (width - 3) // 2))
+    expected = torch.zeros(height, width)
+    for row in range(inset, height - inset):
+        for column in range(inset, width - inset):
+            inner = LabelConsistent().signs(height - 2 * inset, width - 2 * inset)
+            expected[row, column] = inner[row - inset, column - inset]
+    assert torch.equal(LabelConsistent(margin=6).signs(height, width), expected)
+    assert (expected != 0).any()
+
+
 @pytest.mark.parametrize("eps", [4 / 255, 8 / 255])
 def test_poisoned_images_are_adversarial_within_eps_and_patched(prepared, trained, digits_test, eps):
     part = digits_test.select(torch.arange(60))
