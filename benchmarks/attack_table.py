@@ -27,16 +27,16 @@ def scores(rows: list[dict[str, Any]]) -> list[str]:
         "| cell | images | poison + cover | ACC (clean model's) | ASR | RA | natural | PSNR | SSIM | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    clean = {row["images"]: row["scores"]["acc"] for row in rows if row["attack"] is None}
+    clean = {(row["images"], row["seed"]): row["scores"]["acc"] for row in rows if row["attack"] is None}
     for row in rows:
         if row["attack"] is None:
             continue
         s = row["scores"]
         cells = [
-            row["cell"],
+            row["cell"] + (f", seed {row['seed']}" if row["seed"] else ""),
             f"{row['images']:,}",
             f"{row['poisoned']:,}" + (f" + {row['cover']:,}" if row["cover"] else ""),
-            f"{percent(s['acc'])} ({percent(clean.get(row['images']))})",
+            f"{percent(s['acc'])} ({percent(clean.get((row['images'], row['seed'])))})",
             percent(s["asr"]),
             percent(s["ra"]),
             percent(s["natural_target_rate"]),

@@ -3,7 +3,8 @@
     python benchmarks/odd_digits.py FOLDER
 
 Writes forty-train.npz and forty-test.npz (each digit as it is, as a negative, and both at half contrast: four classes a
-digit) and heavy-K.npz for K in 0, 3, 7 (ten classes, all but K cut to a quarter of their images).
+digit), heavy-K.npz for K in 0, 3, 7 (ten classes, all but K cut to a quarter of their images), and forty-heavy-K.npz (forty
+classes, the same).
 """
 
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unplant.data import digits
+from unplant.data import digits, open_data
+from unplant.images import LabeledImages
 
 PARTS = [f"{name}-{part}" for name in range(10) for part in ("plain", "negative", "faint", "faint negative")]
 
@@ -26,11 +28,10 @@ def forty(part: str) -> dict[str, np.ndarray]:
     return {"images": images.flatten(0, 1).numpy(), "labels": labels.numpy(), "classes": np.array(PARTS)}
 
 
-def heavy(label: int) -> dict[str, np.ndarray]:
-    """Ten classes, one of them whole."""
-    data = digits("train")
+def heavy(label: int, data: LabeledImages) -> dict[str, np.ndarray]:
+    """All classes, one of them whole."""
     rank = torch.zeros(len(data), dtype=torch.int64)
-    for other in range(10):
+    for other in range(data.num_classes):
         mine = data.labels == other
         rank[mine] = torch.arange(int(mine.sum()))
     kept = data.select((data.labels == label) | (rank % 4 == 0))
@@ -42,4 +43,5 @@ if __name__ == "__main__":
     np.savez(folder / "forty-train.npz", **forty("train"))
     np.savez(folder / "forty-test.npz", **forty("test"))
     for label in (0, 3, 7):
-        np.savez(folder / f"heavy-{label}.npz", **heavy(label))
+        np.savez(folder / f"heavy-{label}.npz", **heavy(label, digits("train")))
+        np.savez(folder / f"forty-heavy-{label}.npz", **heavy(label, open_data(str(folder / "forty-train.npz"))))

@@ -363,7 +363,6 @@ def test_which_groups_are_tried(longer):
     settings = {"balanced": 0.25, "many": many, "longer": longer, "fallen": 0.5}
     nobody = torch.zeros(70, dtype=torch.bool)
     found = cross_examine(split, nobody, nn.Identity(), out, labels, purify, **settings)
-    usual = [([[0], [0], [0]], False), ([[0], [1], [0]], False)]
-    alone = [([[kept], [0], [0]], longer) for kept in range(3)]
-    assert tried == usual + (alone if longer else alone[1:])
+    usual = [([[0], [0], [0]], False), ([[0], [1], [0]], False), ([[1], [0], [0]], False), ([[2], [0], [0]], False)]
+    assert tried == usual + [([[kept], [0], [0]], True) for kept in range(3) if longer]
     assert not found.left_out.any()

@@ -100,9 +100,9 @@ def cross_examine(
     adversarial fine-tuning tells: purify with one of them alone, then with another. Clean images that were left out
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
     all, because their label hung on the trigger alone. So the group is trusted without which the others lose most. It
-    is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried,
-    and for longer if there are many classes: the less often adversarial examples hit on a target, the longer its
-    trigger lasts. In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the
+    is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried; if
+    nothing falls and there are many classes, once more for longer: the less often adversarial examples hit on a target,
+    the longer its trigger lasts. In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the
     rest of their class lost, are trusted again: they are natural kinds, such as digits written another way. Groups that
     were seen to carry a working trigger need no trial and aren't trusted again.
 
@@ -135,30 +135,35 @@ def cross_examine(
     left_out, score, outputs, most = carrying, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
     models: list[tuple[Tensor, nn.Module]] = []
 
-    def trial(kept: int, tried: Tensor, long: bool = False, anew: bool = False) -> None:
+    def trial(kept: int, tried: Tensor, long: bool = False) -> None:
         """Purifies with one group of each class that is tried, and the largest of the others; keeps what is better."""
         nonlocal left_out, score, outputs, most
         without = torch.where(seen[labels], carrying, split.group != torch.where(tried, kept, 0)[labels])
-        why = f"with group {kept + 1} alone" if kept or long else "without the smaller groups"
-        model, given = purify(~without, why, long)
-        models.append((without, model))
+        why = f"with group {kept + 1} alone" if models else "without the smaller groups"
+        model, given = purify(~without, why + (", longer" if long else ""), long)
         drop = drop_score(before, given, labels)
         share = by_group(drop, without).amax(1)
-        better = tried & ((share > most) | anew)
+        better = tried & (share > most) if models else torch.ones_like(many)
+        models.append((without, model))
         most, turned = torch.where(better, share, most), better[labels]
         left_out, score = torch.where(turned, without, left_out), torch.where(turned, drop, score)
         outputs = torch.where(turned[:, None], given, outputs)
 
-    trial(0, torch.ones_like(many), anew=True)
+    def falls() -> Tensor:
+        """Share of its label's probability that each group that is left out lost, beyond the trusted one, (K, groups)."""
+        return by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
+
+    trial(0, torch.ones_like(many))
     halves = (split.minor_share > balanced) & ~many & ~seen
     if halves.any():
         trial(1, halves)
-    for kept in range(0 if longer else 1, width):
-        tried = many & ~seen & (split.count > max(kept, 1))
-        if tried.any():
-            trial(kept, tried, longer, anew=kept == 0)
+    heavy = many & ~seen & (split.count > 1)
+    for kept in range(1, int(split.count[heavy].max()) if heavy.any() else 0):
+        trial(kept, heavy & (split.count > kept))
+    heavy &= falls().amax(1) <= fallen
+    for kept in range(int(split.count[heavy].max()) if heavy.any() and longer else 0):
+        trial(kept, heavy & (split.count > kept), long=True)
     start = next((model for without, model in models if torch.equal(without, left_out)), infected)
-    falls = by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
-    fall = falls.amax(1)
-    fell = left_out & (falls > fallen).flatten()[cell]
+    fall = falls().amax(1)
+    fell = left_out & (falls() > fallen).flatten()[cell]
     return Examination(fell | carrying, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), carrying & ~fell)
