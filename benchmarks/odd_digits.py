@@ -3,8 +3,8 @@
     python benchmarks/odd_digits.py FOLDER
 
 Writes forty-train.npz and forty-test.npz (each digit as it is, as a negative, and both at half contrast: four classes a
-digit), heavy-K.npz for K in 0, 3, 7 (ten classes, all but K cut to a quarter of their images), and forty-heavy-K.npz (forty
-classes, the same).
+digit), heavy-K.npz for K in 0, 3, 7 (ten classes, all but K cut to a quarter of their images), and forty-heavy-K.npz
+(forty classes, the same).
 """
 
 import sys

@@ -100,11 +100,11 @@ def cross_examine(
     adversarial fine-tuning tells: purify with one of them alone, then with another. Clean images that were left out
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
     all, because their label hung on the trigger alone. So the group is trusted without which the others lose most. It
-    is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried; if
-    nothing falls and there are many classes, once more for longer: the less often adversarial examples hit on a target,
-    the longer its trigger lasts. In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the
-    rest of their class lost, are trusted again: they are natural kinds, such as digits written another way. Groups that
-    were seen to carry a working trigger need no trial and aren't trusted again.
+    is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried;
+    if nothing falls and there are many classes, once more for longer: the less often adversarial examples hit on a
+    target, the longer its trigger lasts. In the end, groups that lost less than a share `fallen` of their label's
+    probability, beyond what the rest of their class lost, are trusted again: they are natural kinds, such as digits
+    written another way. Groups that were seen to carry a working trigger need no trial and aren't trusted again.
 
     Args:
         split: the groups.
@@ -150,7 +150,7 @@ def cross_examine(
         outputs = torch.where(turned[:, None], given, outputs)
 
     def falls() -> Tensor:
-        """Share of its label's probability that each group that is left out lost, beyond the trusted one, (K, groups)."""
+        """What each group that is left out lost beyond the trusted one of its class, (K, groups)."""
         return by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
 
     trial(0, torch.ones_like(many))
