@@ -31,7 +31,7 @@ def outputs(generator):
 
 
 def limits(split):
-    return {"balanced": 0.25, "many": torch.zeros(len(split.count), dtype=torch.bool), "longer": False, "fallen": 0.5}
+    return {"balanced": 0.25, "many": torch.zeros(len(split.count), dtype=torch.bool), "fallen": 0.5}
 
 
 def test_scores_equal_a_loop(outputs):
@@ -237,7 +237,7 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
     sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
     taught = {}
 
-    def purify(part, why, long):
+    def purify(part, why):
         model = nn.Identity()
         taught[model] = part
         return model, sure if part[poisoned].any() else torch.where(poisoned[:, None], -sure, sure)
@@ -253,28 +253,30 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
 
 
 @pytest.mark.parametrize("poison", [{0, 1}, {0, 2}, {1, 2}, {1}, set()], ids=str)
-@pytest.mark.parametrize("longer", [False, True])
-def test_each_of_many_groups_is_judged_by_itself(poison, longer):
+def test_each_of_many_groups_is_judged_by_itself(poison):
     """Three groups of one class, as measured: the poison of one group teaches that of the others, never clean images.
 
-    Clean images that no clean image of their class teaches lose a good half of their label, poison loses all.
+    Clean images that no clean image of their class teaches lose a good half of their label, poison loses all; the first
+    group loses its label even where it is kept, if it is poison (seen with SIG).
     """
     group, labels = torch.tensor([0] * 50 + [1] * 45 + [2] * 40 + [0] * 30), torch.tensor([0] * 135 + [1] * 30)
     poisoned = (labels == 0) & torch.isin(group, torch.tensor(sorted(poison), dtype=torch.int64))
     sure = torch.full((165, 2), -3.0).scatter(1, labels[:, None], 3.0)
 
-    def purify(part, why, long):
+    def purify(part, why):
         taught = part & (labels == 0)
         chance = torch.full((165,), 0.99)
         if not (taught & poisoned).any():
             chance[poisoned] = 0.01
         if not (taught & ~poisoned).any():
             chance[(labels == 0) & ~poisoned] = 0.4
+        if 0 in poison and taught[group == 0].any():
+            chance[(labels == 0) & poisoned] = 0.005
         return nn.Identity(), torch.stack([chance, 1 - chance], 1).log().where(labels[:, None] == 0, sure)
 
     split = Split(group, torch.ones(2), torch.tensor([3, 1]), torch.tensor([0.6, 0.0]))
     nobody = torch.zeros(165, dtype=torch.bool)
-    settings = {"balanced": 0.25, "many": torch.tensor([True, False]), "longer": longer, "fallen": 0.5}
+    settings = {"balanced": 0.25, "many": torch.tensor([True, False]), "fallen": 0.5}
     found = cross_examine(split, nobody, nn.Identity(), sure, labels, purify, **settings)
     assert torch.equal(found.left_out, poisoned)
     assert float(found.fall[0]) > 0.9 if poison else float(found.fall[0]) < 0.1
@@ -289,7 +291,7 @@ def test_a_group_with_a_working_trigger_needs_no_trial_and_is_not_trusted_again(
     sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
     calls = []
 
-    def purify(part, why, long):
+    def purify(part, why):
         calls.append(part)
         return nn.Identity(), sure
 
@@ -315,7 +317,7 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
 
     calls = []
 
-    def purify(part, why, long):
+    def purify(part, why):
         calls.append(part)
         return nn.Identity(), torch.where(rare[:, None], outputs(0.6), outputs(0.99))
 
@@ -344,8 +346,7 @@ def test_what_outweighs_the_others_has_times_the_images_of_the_median_class():
     )
 
 
-@pytest.mark.parametrize("longer", [False, True])
-def test_which_groups_are_tried(longer):
+def test_which_groups_are_tried():
     """Class 0 outweighs and has three groups, class 1 two alike, class 2 a small one, class 3 one; nothing is lost."""
     labels = torch.arange(5).repeat_interleave(torch.tensor([30, 10, 10, 10, 10]))
     group = torch.cat([torch.arange(30) % 3, torch.arange(10) % 2, torch.arange(10) // 9, torch.zeros(20).long()])
@@ -355,14 +356,13 @@ def test_which_groups_are_tried(longer):
     many, out = torch.tensor([True] + [False] * 4), torch.full((70, 5), 0.0)
     tried = []
 
-    def purify(part, why, long):
+    def purify(part, why):
         kept = [sorted(set(group[part & (labels == label)].tolist())) for label in range(3)]
-        tried.append((kept, long))
+        tried.append(kept)
         return nn.Identity(), out
 
-    settings = {"balanced": 0.25, "many": many, "longer": longer, "fallen": 0.5}
+    settings = {"balanced": 0.25, "many": many, "fallen": 0.5}
     nobody = torch.zeros(70, dtype=torch.bool)
     found = cross_examine(split, nobody, nn.Identity(), out, labels, purify, **settings)
-    usual = [([[0], [0], [0]], False), ([[0], [1], [0]], False), ([[1], [0], [0]], False), ([[2], [0], [0]], False)]
-    assert tried == usual + [([[kept], [0], [0]], True) for kept in range(3) if longer]
+    assert tried == [[[0], [0], [0]], [[0], [1], [0]], [[1], [0], [0]], [[2], [0], [0]]]
     assert not found.left_out.any()

@@ -11,9 +11,8 @@ from unplant.detection.clusters import Split
 from unplant.erasers.selection import drop_score, mean_by
 from unplant.results import Findings
 
-Purify = Callable[[Tensor, str, bool], tuple[nn.Module, Tensor]]
-"""Steps 1 and 2 on the images of a mask (N,): the purified model and its logits (N, K). The text says what for, the
-flag that it should take the longer time."""
+Purify = Callable[[Tensor, str], tuple[nn.Module, Tensor]]
+"""Steps 1 and 2 on the images of a mask (N,), the text says what for: the purified model and its logits (N, K)."""
 
 
 def retrial(suspects: Tensor, heard: Tensor, after: Tensor, labels: Tensor) -> Tensor:
@@ -91,7 +90,6 @@ def cross_examine(
     *,
     balanced: float,
     many: Tensor,
-    longer: bool,
     fallen: float,
 ) -> Examination:
     """Finds, in each class, the groups of images that need a link to be recognised.
@@ -100,11 +98,11 @@ def cross_examine(
     adversarial fine-tuning tells: purify with one of them alone, then with another. Clean images that were left out
     keep much of their label's probability, because the rest of their class still teaches it; poisoned ones lose it
     all, because their label hung on the trigger alone. So the group is trusted without which the others lose most. It
-    is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried;
-    if nothing falls and there are many classes, once more for longer: the less often adversarial examples hit on a
-    target, the longer its trigger lasts. In the end, groups that lost less than a share `fallen` of their label's
-    probability, beyond what the rest of their class lost, are trusted again: they are natural kinds, such as digits
-    written another way. Groups that were seen to carry a working trigger need no trial and aren't trusted again.
+    is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried,
+    and what the trusted group itself lost is taken off: poison that is kept alone can lose its label with the others.
+    In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
+    class lost, are trusted again: they are natural kinds, such as digits written another way. Groups that were seen to
+    carry a working trigger need no trial and aren't trusted again.
 
     Args:
         split: the groups.
@@ -115,7 +113,6 @@ def cross_examine(
         purify: Steps 1 and 2 from θ₀.
         balanced: share of a class outside of its largest group from which the other group is tried, too.
         many: bool (K,), classes that outweigh the others: poison may be most of them.
-        longer: whether the longer time of `purify` is longer.
         fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
     """
     classes, width = len(many), int(split.count.max())
@@ -135,23 +132,19 @@ def cross_examine(
     left_out, score, outputs, most = carrying, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
     models: list[tuple[Tensor, nn.Module]] = []
 
-    def trial(kept: int, tried: Tensor, long: bool = False) -> None:
+    def trial(kept: int, tried: Tensor) -> None:
         """Purifies with one group of each class that is tried, and the largest of the others; keeps what is better."""
         nonlocal left_out, score, outputs, most
         without = torch.where(seen[labels], carrying, split.group != torch.where(tried, kept, 0)[labels])
         why = f"with group {kept + 1} alone" if models else "without the smaller groups"
-        model, given = purify(~without, why + (", longer" if long else ""), long)
+        model, given = purify(~without, why)
         drop = drop_score(before, given, labels)
-        share = by_group(drop, without).amax(1)
+        share = by_group(drop, without).amax(1) - torch.where(many, lost(drop, labels, ~without, classes), 0)
         better = tried & (share > most) if models else torch.ones_like(many)
         models.append((without, model))
         most, turned = torch.where(better, share, most), better[labels]
         left_out, score = torch.where(turned, without, left_out), torch.where(turned, drop, score)
         outputs = torch.where(turned[:, None], given, outputs)
-
-    def falls() -> Tensor:
-        """What each group that is left out lost beyond the trusted one of its class, (K, groups)."""
-        return by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
 
     trial(0, torch.ones_like(many))
     halves = (split.minor_share > balanced) & ~many & ~seen
@@ -160,10 +153,8 @@ def cross_examine(
     heavy = many & ~seen & (split.count > 1)
     for kept in range(1, int(split.count[heavy].max()) if heavy.any() else 0):
         trial(kept, heavy & (split.count > kept))
-    heavy &= falls().amax(1) <= fallen
-    for kept in range(int(split.count[heavy].max()) if heavy.any() and longer else 0):
-        trial(kept, heavy & (split.count > kept), long=True)
     start = next((model for without, model in models if torch.equal(without, left_out)), infected)
-    fall = falls().amax(1)
-    fell = left_out & (falls() > fallen).flatten()[cell]
+    falls = by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
+    fall = falls.amax(1)
+    fell = left_out & (falls > fallen).flatten()[cell]
     return Examination(fell | carrying, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), carrying & ~fell)

@@ -33,9 +33,6 @@ from unplant.params import Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import steps_of
 
-LEAST_STEPS_A_CLASS = 5
-"""Of the longer trials of classes that outweigh the others: ten classes take the usual 50."""
-
 
 class PBEConfig(AdversarialConfig):
     """Settings of PBE; those of Steps 1 and 2 are among them."""
@@ -233,11 +230,8 @@ class Run:
         """Groups in the features of θ₀, and what becomes of them when θ₀ is purified without them."""
         infected, data, config = self.infected, self.data, self.config
 
-        longer = max(self.steps, LEAST_STEPS_A_CLASS * data.num_classes)
-
-        def purify(part: Tensor, why: str, long: bool) -> tuple[nn.Module, Tensor]:
-            steps = longer if long else self.steps
-            model = self.learn(infected, Lesson(part, data.labels), steps, why, config.adversarial_share)
+        def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
+            model = self.learn(infected, Lesson(part, data.labels), self.steps, why, config.adversarial_share)
             return model, self.outputs(model)
 
         layers = activations(infected, data, precision=config.precision)
@@ -255,7 +249,6 @@ class Run:
             purify,
             balanced=config.balanced,
             many=many,
-            longer=longer > self.steps,
             fallen=config.fallen,
         )
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
