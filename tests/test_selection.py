@@ -114,11 +114,12 @@ def test_witnesses_tell_how_much_of_the_backdoor_is_left():
     left_out = torch.tensor([1, 1, 1, 0, 1, 0, 0, 0, 0]).bool()
     witnesses = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1]).bool()
     purified = torch.eye(3)[torch.tensor([0, 1, 0, 0, 2, 1, 2, 2, 2])] * 9
-    said = findings(suspects, left_out, witnesses, purified, labels, (0.9, 0.1))
+    kin = torch.tensor([0, 0, 0, 0, 0, 1, 0, 0, 0]).bool()
+    said = findings(suspects, left_out, witnesses, purified, labels, (0.9, 0.1), kin)
     assert said.infected
     assert said.targets == (0, 1)  # 2 has a suspect, but no group that fell
-    assert said.poisoning_rate == pytest.approx(5 / 9)
-    assert said.witnesses == 3  # images 0, 1 and 4
+    assert said.poisoning_rate == pytest.approx(6 / 9)
+    assert said.witnesses == 3  # images 0, 1 and 4; kin isn't heard
     assert said.asr_left == pytest.approx(1 / 3)  # image 0 is still called 0
     assert 1 / 3 < said.asr_left_upper < 1
 
@@ -135,7 +136,7 @@ def test_a_class_is_cleared_if_its_suspects_get_their_label_all_the_same():
 
 def test_without_suspects_nothing_is_said_about_what_is_left():
     nobody = torch.zeros(4, dtype=torch.bool)
-    said = findings(nobody, nobody, ~nobody, torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), (None, None))
+    said = findings(nobody, nobody, ~nobody, torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), (None, None), nobody)
     assert not said.infected
     assert (said.targets, said.poisoning_rate, said.witnesses) == ((), 0, 0)
     assert said.asr_left is said.asr_left_upper is None

@@ -26,7 +26,13 @@ def retrial(suspects: Tensor, heard: Tensor, after: Tensor, labels: Tensor) -> T
 
 
 def findings(
-    suspects: Tensor, left_out: Tensor, witnesses: Tensor, after: Tensor, labels: Tensor, obeyed: Sequence[float | None]
+    suspects: Tensor,
+    left_out: Tensor,
+    witnesses: Tensor,
+    after: Tensor,
+    labels: Tensor,
+    obeyed: Sequence[float | None],
+    kin: Tensor,
 ) -> Findings:
     """What the suspects say about the backdoor, and the witnesses about what is left of it.
 
@@ -37,6 +43,8 @@ def findings(
         after: float (N, K), the purified model's logits.
         labels: int64 (N,).
         obeyed: how far the infected and the purified model obey the recovered trigger.
+        kin: bool (N,), images that were found out by their likeness to the suspects. They aren't heard: that the
+            purified model gives them another label is why they were.
     """
     counts = torch.bincount(labels[suspects & left_out], minlength=after.shape[1])
     targets = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
@@ -44,7 +52,7 @@ def findings(
     return Findings(
         infected=bool(targets),
         targets=tuple(targets),
-        poisoning_rate=float(suspects.float().mean()),
+        poisoning_rate=float((suspects | kin).float().mean()),
         witnesses=len(obeying),
         asr_left=metrics.share(obeying.numpy()),
         asr_left_upper=metrics.upper_bound(int(obeying.sum()), len(obeying)),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unplant.classifier import activations, logits
 from unplant.detection.clusters import outweighing, split_classes
+from unplant.detection.kinship import kin_of_suspects
 from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
 from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.erasers.base import Method, erasers
@@ -21,6 +22,7 @@ from unplant.erasers.examination import Examination, cross_examine, findings, re
 from unplant.erasers.selection import (
     SCORES,
     Lesson,
+    drop_score,
     least_suspicious,
     next_lesson,
     random_part,
@@ -63,6 +65,9 @@ class PBEConfig(AdversarialConfig):
         default=True, description="Step 3: in classes that lost a group, D_ext gets only what still has its label"
     )
     sure_above: Share = Field(default=0.5, description="relabelling: probability that the new label must have")
+    kinship: bool = Field(
+        default=True, description="in the end, judge undecided images of classes with suspects by whom they take after"
+    )
     shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
     retrial: bool = Field(
         default=True, description="clear classes whose suspects get their label back without being taught it"
@@ -169,6 +174,7 @@ class Run:
         relabelled: bool (N,), images that were.
         rounds: see `Erasure`.
         extra_sets: see `Erasure`.
+        layers: features (N, D) of θ₀ at several depths.
     """
 
     def __init__(
@@ -193,6 +199,7 @@ class Run:
         self.relabelled = self.nobody
         self.rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
         self.extra_sets: list[Tensor] = []
+        self.layers: list[Tensor] = []
 
     def outputs(self, model: nn.Module) -> Tensor:
         """Its logits (N, K) on D."""
@@ -234,9 +241,9 @@ class Run:
             model = self.learn(infected, Lesson(part, data.labels), self.steps, why, config.adversarial_share)
             return model, self.outputs(model)
 
-        layers = activations(infected, data, precision=config.precision)
+        self.layers = activations(infected, data, precision=config.precision)
         many = outweighing(data.labels, data.num_classes, config.outweighs)
-        split = split_classes(layers, data.labels, many, least_gain=config.least_gain)
+        split = split_classes(self.layers, data.labels, many, least_gain=config.least_gain)
         carrying = carriers(infected, data, split, config.precision) if config.transplants else self.nobody
         carried = torch.bincount(data.labels[carrying], minlength=data.num_classes)
         self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
@@ -264,6 +271,15 @@ class Run:
         strictly = self.left_out if self.config.strict else self.nobody
         return step_three(suspicion, after, self.data.labels, strictly, **limits)
 
+    def kin(self, suspects: Tensor, trusted: Tensor, after: Tensor) -> Tensor:
+        """Undecided images of classes that lost a group which take after their suspects, bool (N,)."""
+        labels = self.data.labels
+        marked = torch.zeros(after.shape[1], dtype=torch.bool).index_fill_(0, labels[suspects & self.left_out], True)
+        undecided = marked[labels] & ~suspects & ~trusted
+        if not self.config.kinship or not undecided.any():
+            return self.nobody
+        return kin_of_suspects(self.layers, after, labels, suspects, trusted, undecided)
+
     def lesson(self, extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
         """D_ext; the suspects are in it by their trigger if that can be recovered, else under new labels."""
         data, config = self.data, self.config
@@ -288,6 +304,10 @@ class Run:
             suspects = retrial(suspects, heard, after, data.labels)
         if not (suspects & self.left_out).any():  # nothing found, or all cleared: a clean model stays as it was
             purified, suspects, after, lesson = copy.deepcopy(self.infected), self.nobody, self.before, None
+        kin = self.nobody
+        if lesson is not None:
+            kin = self.kin(suspects, lesson.images & (lesson.labels == data.labels), after)
+            suspicion = torch.where(kin, drop_score(self.before, after, data.labels), suspicion)
         obeyed: list[float | None] = [None, None]
         trigger = lesson.trigger if lesson is not None else None
         if lesson is not None and trigger is not None:
@@ -296,8 +316,8 @@ class Run:
                 obedience(model, data, lesson.images, targets, trigger, self.config.precision)
                 for model in (self.infected, purified)
             ]
-        said = findings(suspects, self.left_out, heard, after, data.labels, obeyed)
-        return Erasure(purified, suspicion, suspects, self.rounds, self.extra_sets, said, trigger)
+        said = findings(suspects, self.left_out, heard, after, data.labels, obeyed, kin)
+        return Erasure(purified, suspicion, suspects | kin, self.rounds, self.extra_sets, said, trigger)
 
 
 erasers.add(

@@ -1,0 +1,51 @@
+"""Whose kin are the images that nobody has judged? Poison escapes into the trusted group, and lies there undecided."""
+
+import torch
+from torch import Tensor
+
+FEWEST = 10
+"""Fewer known images than that on one side, and nobody of the class is judged."""
+
+
+def kin_of_suspects(
+    layers: list[Tensor], after: Tensor, labels: Tensor, suspects: Tensor, trusted: Tensor, undecided: Tensor
+) -> Tensor:
+    """Undecided images that are likelier poisoned than not, class by class.
+
+    Two opinions, as log odds, are added: to which side an image is nearer in what the infected model sees (a linear
+    discriminant at each depth, learnt from the images that are decided; the depths know much the same, so their mean
+    counts); and whether the purified model would give it another label than its own.
+
+    Args:
+        layers: features (N, D) of θ₀ at several depths.
+        after: float (N, K), logits of θ.
+        labels: int64 (N,).
+        suspects: bool (N,).
+        trusted: bool (N,), images of D_ext under their own labels.
+        undecided: bool (N,), images to be judged.
+
+    Returns:
+        Bool (N,), a part of the undecided ones; nobody of classes with fewer than `FEWEST` suspects or trusted images.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    others = after.double().softmax(1).scatter(1, labels[:, None], 0).amax(1)
+    odds = torch.logit(others, eps=1e-6)
+    kin = torch.zeros_like(undecided)
+    for label in labels[undecided].unique().tolist():
+        members = labels == label
+        here, known = members & undecided, members & (suspects | trusted)
+        if min(int((members & suspects).sum()), int((members & trusted).sum())) < FEWEST:
+            continue
+        opinions = []
+        for layer in layers:
+            spread = layer[known].std(0)
+            seen = (layer[:, spread > 1e-6] / spread[spread > 1e-6]).double()
+            if not seen.shape[1]:
+                continue
+            discriminant = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+            discriminant.fit(seen[known].numpy(), suspects[known].numpy())
+            opinions.append(torch.from_numpy(discriminant.decision_function(seen[here].numpy())))
+        if opinions:
+            kin[here] = torch.stack(opinions).mean(0) + odds[here] > 0
+    return kin
