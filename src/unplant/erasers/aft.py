@@ -60,7 +60,11 @@ class AFTConfig(AdversarialConfig):
         description="pgd: one perturbation an image; patch, universal: one a class, sparse or in an L∞ ball; "
         "mixed: patch and universal, half each",
     )
-    adversarial_share: Share = Field(default=0.3, description="share of each batch that carries a stand-in")
+    adversarial_share: Share = Field(default=0.4, description="largest share of each batch that carries a stand-in")
+    in_proportion: bool = Field(
+        default=True,
+        description="patch, universal: that share times the rate at which the best stand-in works on the model as it is",
+    )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
         default=None, gt=0, description="universal: radius of the L∞ ball; none: `eps`, but at least 8/255"
@@ -77,7 +81,7 @@ class AFTConfig(AdversarialConfig):
     belief: Share = Field(
         default=0.7, description="share of the infected model's probabilities for the plain image in each target"
     )
-    steps: int = Field(default=150, ge=1, description="adversarial steps")
+    steps: int = Field(default=300, ge=1, description="adversarial steps")
     clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")
     epochs: Real | None = Field(default=None, gt=0, description="instead of `steps`: adversarial epochs")
     clean_epochs: Real | None = Field(default=None, gt=0, description="instead of `clean_steps`: plain epochs")
@@ -183,7 +187,10 @@ def shared_stand_ins(
         ends = [round(count * place / len(kinds)) for place in range(len(kinds) + 1)]
         for shared, start, end in zip(kinds, ends, ends[1:], strict=False):
             if end > start:
-                moved.append(improved(shared, model, pixels[start:end], labels[start:end], config.inversion_steps))
+                dose = float(shared.rates.max()) if config.in_proportion else 1.0
+                tried = improved(shared, model, pixels[start:end], labels[start:end], config.inversion_steps)
+                taught = round((end - start) * dose)
+                moved += [tried[:taught], pixels[start + taught : end]]
         return torch.cat([*moved, pixels[count:]]), labels
 
     return change, kinds
