@@ -151,7 +151,13 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
     images = torch.randint(0, 256, (40, *SHAPE), generator=generator(), dtype=torch.uint8)
     data = LabeledImages(images, torch.arange(40) % CLASSES, ("a", "b", "c"))
     config = AFTConfig(
-        stand_ins=kind, universal_eps=8 / 255, warm_up=2, batch_size=20, adversarial_share=0.5, patch_area=0.2
+        stand_ins=kind,
+        universal_eps=8 / 255,
+        warm_up=2,
+        batch_size=20,
+        adversarial_share=0.5,
+        patch_area=0.2,
+        in_proportion=False,
     )
     change, _ = shared_stand_ins(spot, data, config, generator())
     pixels, labels = data.pixels(slice(0, 20)), data.labels[:20]
@@ -160,6 +166,22 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
     changed = (moved != pixels).flatten(1).any(1)
     assert changed[:10].all()
     assert not changed[10:].any()
+
+
+@pytest.mark.parametrize(("rate", "taught"), [(0.0, 0), (0.4, 4), (1.0, 10)])
+def test_as_many_stand_ins_are_taught_as_work(rate, taught, spot):
+    images = torch.randint(0, 256, (40, *SHAPE), generator=generator(), dtype=torch.uint8)
+    data = LabeledImages(images, torch.arange(40) % CLASSES, ("a", "b", "c"))
+    config = AFTConfig(universal_eps=8 / 255, warm_up=2, batch_size=40, adversarial_share=0.5, patch_area=0.2)
+    change, (patches, shifts) = shared_stand_ins(spot, data, config, generator())
+    patches.rates, shifts.rates = torch.tensor([0.0, rate, 0.0]), torch.zeros(CLASSES)
+    masks, shift = patches.masks, shifts.shifts
+    pixels = data.pixels(slice(0, 40))
+    moved, _ = change(spot, pixels, data.labels)
+    changed = (moved != pixels).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == list(range(taught))  # ten of each kind; the shifts don't work
+    assert not torch.equal(patches.masks, masks)  # all go on being tried
+    assert not torch.equal(shifts.shifts, shift)
 
 
 def test_belief_mixes_labels_with_the_models_word_on_plain_images(spot, pixels):
