@@ -63,7 +63,7 @@ class AFTConfig(AdversarialConfig):
     adversarial_share: Share = Field(default=0.4, description="largest share of each batch that carries a stand-in")
     in_proportion: bool = Field(
         default=True,
-        description="patch, universal: that share times the rate at which the best stand-in works on the model as it is",
+        description="patch, universal: that share times the rate at which the best of them works on the model now",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
