@@ -172,7 +172,8 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
 def test_as_many_stand_ins_are_taught_as_work(rate, taught, spot):
     images = torch.randint(0, 256, (40, *SHAPE), generator=generator(), dtype=torch.uint8)
     data = LabeledImages(images, torch.arange(40) % CLASSES, ("a", "b", "c"))
-    config = AFTConfig(universal_eps=8 / 255, warm_up=2, batch_size=40, adversarial_share=0.5, patch_area=0.2)
+    settings = {"warm_up": 2, "batch_size": 40, "adversarial_share": 0.5, "patch_area": 0.2}
+    config = AFTConfig(universal_eps=8 / 255, in_proportion=True, **settings)
     change, (patches, shifts) = shared_stand_ins(spot, data, config, generator())
     patches.rates, shifts.rates = torch.tensor([0.0, rate, 0.0]), torch.zeros(CLASSES)
     masks, shift = patches.masks, shifts.shifts

@@ -60,9 +60,9 @@ class AFTConfig(AdversarialConfig):
         description="pgd: one perturbation an image; patch, universal: one a class, sparse or in an L∞ ball; "
         "mixed: patch and universal, half each",
     )
-    adversarial_share: Share = Field(default=0.4, description="largest share of each batch that carries a stand-in")
+    adversarial_share: Share = Field(default=0.3, description="share of each batch that carries a stand-in")
     in_proportion: bool = Field(
-        default=True,
+        default=False,
         description="patch, universal: that share times the rate at which the best of them works on the model now",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
@@ -81,7 +81,7 @@ class AFTConfig(AdversarialConfig):
     belief: Share = Field(
         default=0.7, description="share of the infected model's probabilities for the plain image in each target"
     )
-    steps: int = Field(default=300, ge=1, description="adversarial steps")
+    steps: int = Field(default=150, ge=1, description="adversarial steps")
     clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")
     epochs: Real | None = Field(default=None, gt=0, description="instead of `steps`: adversarial epochs")
     clean_epochs: Real | None = Field(default=None, gt=0, description="instead of `clean_steps`: plain epochs")
@@ -309,6 +309,9 @@ erasers.add(
         "clean",
         AFTConfig,
         aft,
-        presets={"released": {**RELEASED, "stand_ins": "pgd", "belief": 0, "epochs": 3, "clean_epochs": 17}},
+        presets={
+            "released": {**RELEASED, "stand_ins": "pgd", "belief": 0, "epochs": 3, "clean_epochs": 17},
+            "gentle": {"in_proportion": True, "adversarial_share": 0.4, "steps": 300},
+        },
     ),
 )
