@@ -11,6 +11,7 @@ from unplant.classifier import Classifier
 from unplant.erasers import erasers
 from unplant.erasers.base import Method, settle
 from unplant.erasers.pbe import Run
+from unplant.erasers.selection import Lesson
 from unplant.errors import DataError, NumericalError, UsageError
 from unplant.images import LabeledImages
 from unplant.journal import Journal
@@ -62,6 +63,28 @@ def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
     kept = state.erasure(trained, torch.rand(80), state.left_out, knows.roll(1, 1))
     assert kept.model is trained
     assert kept.findings.targets == (1,)
+
+
+@pytest.mark.parametrize("kinship", [True, False])
+def test_kin_of_the_suspects_are_suspects_too_but_are_not_heard(kinship):
+    """Class 1: 40 suspects, 40 images of D_ext, 20 undecided, of which ten look like the suspects to θ₀."""
+    data = noise(count=400)
+    model, trained = network(data), network(data, seed=1)
+    config = erasers["pbe"].configure(batch_size=16, kinship=kinship)
+    state = Run(model, data, config, torch.Generator().manual_seed(0), None)
+    place = torch.div(torch.arange(400), 4, rounding_mode="floor")  # of an image within its class
+    suspects = state.left_out = (data.labels == 1) & (place < 40)
+    extra = (place >= 40) & (place < 80)
+    like = suspects | (place >= 90)
+    state.layers = [torch.randn((400, 5), generator=torch.Generator().manual_seed(1)) + 6 * like[:, None]]
+    after = torch.nn.functional.one_hot(data.labels, 4).float()
+    after[suspects] = after[suspects].roll(1, 1)  # θ gives the suspects another label
+    after[place >= 80] = 0.0  # and has no opinion of the undecided
+    erasure = state.erasure(trained, torch.zeros(400), suspects, after, Lesson(extra, data.labels))
+    expected = suspects | ((data.labels == 1) & (place >= 90)) if kinship else suspects
+    assert torch.equal(erasure.suspects, expected)
+    assert erasure.findings.poisoning_rate == pytest.approx(int(expected.sum()) / 400)
+    assert erasure.findings.witnesses == 40
 
 
 def noise(count=48, classes=4, channels=1, height=16, width=16, seed=0) -> LabeledImages:
