@@ -144,6 +144,60 @@ class Shifts:
             self.shifts = (self.shifts + 2 * self.eps * step_size * by_shift.sign()).clamp(-self.eps, self.eps)
 
 
+@dataclass
+class Warps:
+    """Smooth displacements: each pixel is read a little to the side, as a control grid says.
+
+    The family that WaNet's trigger is of (Nguyen and Tran, ICLR 2021, arXiv:2102.10369, equations 3 to 5).
+
+    Attributes:
+        flows: (K, 2, G, G), how far to the right and down a pixel is read, in pixels, entries in [-reach, reach];
+            bicubic between the control points.
+        rates: see `Shared`.
+        reach: longest displacement along either axis, in pixels.
+    """
+
+    flows: Tensor
+    rates: Tensor
+    reach: float
+
+    @classmethod
+    def new(cls, classes: int, reach: float, generator: torch.Generator, *, grid: int = 5) -> "Warps":
+        """Random displacements of at most half the reach, on the generator's device.
+
+        Raises:
+            UsageError: `reach` is negative or not finite.
+        """
+        if not 0 <= reach < float("inf"):
+            raise UsageError(f"the reach of a warp must be a length in pixels, got {reach:g}")
+        start = torch.rand((classes, 2, grid, grid), generator=generator) - 0.5
+        return cls(start * reach, torch.ones(classes), reach)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was learnt."""
+        return {"flows": self.flows, "rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes back to that."""
+        self.flows, self.rates = state["flows"], state["rates"]
+
+    def apply(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        """See `Shared`. Bilinear between pixels; beyond the edge lies the edge."""
+        height, width = pixels.shape[2:]
+        moved = F.interpolate(self.flows.to(pixels), size=(height, width), mode="bicubic", align_corners=True)
+        down, right = (torch.arange(size).to(pixels) for size in (height, width))
+        column, row = right + moved[:, 0], down[:, None] + moved[:, 1]
+        places = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], 3)
+        warped = F.grid_sample(pixels, places[targets], padding_mode="border", align_corners=False)
+        return warped.clamp(0, 1)  # interpolation weights may add up to 1 + 1e-7
+
+    def improve(self, model: nn.Module, pixels: Tensor, targets: Tensor, *, steps: int, step_size: float) -> None:
+        """See `Shared`. Displacements move by signs."""
+        for _ in range(steps):
+            (by_flow,) = _towards(model, pixels, targets, self, (self.flows,))
+            self.flows = (self.flows + 2 * self.reach * step_size * by_flow.sign()).clamp(-self.reach, self.reach)
+
+
 def choose_targets(rates: Tensor, labels: Tensor, focus: float, generator: torch.Generator) -> Tensor:
     """For each image another class than its own, int64 (N,), drawn in proportion to (rate + 0.03) ** focus.
 

@@ -18,7 +18,7 @@ from unplant.devices import autocast
 from unplant.erasers.base import EraserConfig, Method, erasers, settle
 from unplant.errors import UsageError
 from unplant.images import EndlessBatches, LabeledImages
-from unplant.inversion import Patches, Shared, Shifts, choose_targets
+from unplant.inversion import Patches, Shared, Shifts, Warps, choose_targets
 from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Progress
@@ -26,6 +26,9 @@ from unplant.training import Change, Schedule, fit, steps_of
 
 LEAST_UNIVERSAL = 8 / 255
 """The smallest radius of the universal ball, in pixel units."""
+
+LEAST_REACH = 0.5
+"""The least that warps may move a pixel, in pixels."""
 
 LEVELS = (1, 2, 3, 4, 6, 8)
 """Radii that `fitting_eps` tries, in grey levels."""
@@ -55,28 +58,34 @@ class AFTConfig(AdversarialConfig):
 
     lr: Real = Field(default=0.02, gt=0, description="learning rate at the start of each part")
     schedule: Schedule = Field(default="cosine", description="learning rate within each part")
-    stand_ins: Literal["pgd", "patch", "universal", "mixed"] = Field(
+    stand_ins: Literal["pgd", "patch", "universal", "warp", "mixed", "all"] = Field(
         default="mixed",
-        description="pgd: one perturbation an image; patch, universal: one a class, sparse or in an L∞ ball; "
-        "mixed: patch and universal, half each",
+        description="pgd: one perturbation an image; patch, universal, warp: one a class, sparse, in an L∞ ball, or a "
+        "smooth displacement; mixed: patch and universal; all: these and warp, evenly",
     )
     adversarial_share: Share = Field(default=0.3, description="share of each batch that carries a stand-in")
     in_proportion: bool = Field(
         default=False,
-        description="patch, universal: that share times the rate at which the best of them works on the model now",
+        description="shared stand-ins: that share times the rate at which the best of them works on the model now",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
         default=None, gt=0, description="universal: radius of the L∞ ball; none: `eps`, but at least 8/255"
     )
-    warm_up: int = Field(default=30, ge=0, description="patch, universal: steps on the infected model before Step 2")
-    inversion_steps: int = Field(default=2, ge=1, le=100, description="patch, universal: steps a batch")
-    inversion_step_size: Share = Field(default=0.1, gt=0, description="patch, universal: share of the range a step")
+    warp_reach: Real | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="warp: longest displacement in pixels; none: a 32nd of the shorter side, at least half a pixel",
+    )
+    warm_up: int = Field(default=30, ge=0, description="shared stand-ins: steps on the infected model before Step 2")
+    inversion_steps: int = Field(default=2, ge=1, le=100, description="shared stand-ins: steps a batch")
+    inversion_step_size: Share = Field(default=0.1, gt=0, description="shared stand-ins: share of the range a step")
     focus: Real = Field(
         default=2,
         ge=0,
         le=10,
-        description="patch, universal: how strongly classes are favoured that give in; 0: evenly",
+        description="shared stand-ins: how strongly classes are favoured that give in; 0: evenly",
     )
     belief: Share = Field(
         default=0.7, description="share of the infected model's probabilities for the plain image in each target"
@@ -86,13 +95,19 @@ class AFTConfig(AdversarialConfig):
     epochs: Real | None = Field(default=None, gt=0, description="instead of `steps`: adversarial epochs")
     clean_epochs: Real | None = Field(default=None, gt=0, description="instead of `clean_steps`: plain epochs")
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of stand-in in use."""
+        several = {"mixed": ("patch", "universal"), "all": ("patch", "universal", "warp")}
+        return several.get(self.stand_ins, (self.stand_ins,))
+
     def passes(self, steps: int, data: LabeledImages) -> float:
         """See `AdversarialConfig.passes`; a forward pass of the infected model alone counts as a third."""
         each = 4 / 3 if self.belief > 0 else 1.0
         each += self.adversarial_share * (self.pgd_steps if self.stand_ins == "pgd" else self.inversion_steps)
         images = steps * self.batch_size * each
         if self.stand_ins != "pgd" and self.adversarial_share > 0:
-            images += self.warm_up * self.batch_size * (2 if self.stand_ins == "mixed" else 1)
+            images += self.warm_up * self.batch_size * len(self.kinds)
         return round(images / len(data), 2)
 
 
@@ -153,7 +168,7 @@ def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
 
 def shared_stand_ins(
     infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
-) -> tuple[Change, list[Patches | Shifts]]:
+) -> tuple[Change, list[Patches | Shifts | Warps]]:
     """Step 1 with perturbations that many images share, as they share a trigger: one a class of each kind.
 
     They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as
@@ -162,13 +177,15 @@ def shared_stand_ins(
     Returns:
         The change of a batch, and the perturbations.
     """
-    if config.universal_eps is None:
-        raise UsageError("shared_stand_ins needs a universal_eps; aft settles it")
-    kinds: list[Patches | Shifts] = []
-    if config.stand_ins in ("patch", "mixed"):
+    if config.universal_eps is None or config.warp_reach is None:
+        raise UsageError("shared_stand_ins needs a universal_eps and a warp_reach; aft settles them")
+    kinds: list[Patches | Shifts | Warps] = []
+    if "patch" in config.kinds:
         kinds.append(Patches.new(data.num_classes, data.shape, config.patch_area, generator))
-    if config.stand_ins in ("universal", "mixed"):
+    if "universal" in config.kinds:
         kinds.append(Shifts.new(data.num_classes, data.shape, config.universal_eps, generator))
+    if "warp" in config.kinds:
+        kinds.append(Warps.new(data.num_classes, config.warp_reach, generator))
 
     def improved(shared: Shared, model: nn.Module, pixels: Tensor, labels: Tensor, steps: int) -> Tensor:
         targets = choose_targets(shared.rates, labels, config.focus, generator)
@@ -259,6 +276,8 @@ def aft(
     config = settle_ball(config, infected, data)
     if config.universal_eps is None:
         config = config.but(universal_eps=max(config.eps or 0.0, LEAST_UNIVERSAL))
+    if config.warp_reach is None:
+        config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:
         steps = steps_of(config.epochs, data, config.batch_size)
@@ -266,7 +285,7 @@ def aft(
         clean_steps = steps_of(config.clean_epochs, data, config.batch_size)
     purified = copy.deepcopy(infected)
     rounds: list[dict[str, Any]] = [
-        {"step": "stand-ins", "kind": config.stand_ins, "eps": config.eps, "universal_eps": config.universal_eps}
+        {"step": "stand-ins", "kind": config.stand_ins, **config.model_dump(include={"eps", "universal_eps", "warp_reach"})}
     ]
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
