@@ -4,6 +4,7 @@ Per-image examples (`unplant.adversarial`) spend each image's own weak spots; a 
 A model that holds a backdoor gives in to a small shared perturbation towards its target sooner than to others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -196,6 +197,27 @@ class Warps:
         for _ in range(steps):
             (by_flow,) = _towards(model, pixels, targets, self, (self.flows,))
             self.flows = (self.flows + 2 * self.reach * step_size * by_flow.sign()).clamp(-self.reach, self.reach)
+
+
+def new_perturbations(
+    kinds: Sequence[str],
+    classes: int,
+    shape: tuple[int, int, int],
+    *,
+    area: float,
+    eps: float,
+    reach: float,
+    generator: torch.Generator,
+) -> dict[str, Patches | Shifts | Warps]:
+    """Perturbations of each kind that is named: `patch`, `universal`, `warp`, in this order."""
+    made: dict[str, Patches | Shifts | Warps] = {}
+    if "patch" in kinds:
+        made["patch"] = Patches.new(classes, shape, area, generator)
+    if "universal" in kinds:
+        made["universal"] = Shifts.new(classes, shape, eps, generator)
+    if "warp" in kinds:
+        made["warp"] = Warps.new(classes, reach, generator)
+    return made
 
 
 def choose_targets(rates: Tensor, labels: Tensor, focus: float, generator: torch.Generator) -> Tensor:

@@ -46,17 +46,21 @@ def suspects(data: LabeledImages, ranked: Tensor, suspicion: Tensor, count: int 
     return grid(rows)
 
 
-def recovered_trigger(data: LabeledImages, suspects: Tensor, trigger: Callable[[Tensor], Tensor]) -> bytes:
-    """Twelve images that aren't suspects, the same with the recovered trigger, and the difference around mid-grey."""
-    places = (~suspects).nonzero().flatten()
+def recovered_trigger(data: LabeledImages, suspects: Tensor | None, trigger: Callable[[Tensor], Tensor]) -> bytes:
+    """Twelve images that aren't suspects, the same with the recovered trigger, and the difference around mid-grey.
+
+    Without suspects all images are clean, and the trigger was inverted from the model.
+    """
+    places = torch.arange(len(data)) if suspects is None else (~suspects).nonzero().flatten()
     places = places[torch.linspace(0, len(places) - 1, min(12, len(places))).long()]
     images = data.images[places]
     changed = to_stored(trigger(to_pixels(images)))
     difference = (128 + 2 * (changed.int() - images.int())).clamp(0, 255).to(torch.uint8)
     names = [data.classes[label] for label in data.labels[places].tolist()]
+    source = "inverted from the model" if suspects is None else "recovered from the suspects"
     rows = (
-        ("Training images that are no suspects", images, names),
-        ("With the trigger that was recovered from the suspects", changed, [""] * len(places)),
+        ("Clean images" if suspects is None else "Training images that are no suspects", images, names),
+        (f"With the trigger that was {source}", changed, [""] * len(places)),
         ("Twice the difference, around grey", difference, [""] * len(places)),
     )
     return grid(rows)

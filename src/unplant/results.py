@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -12,30 +12,33 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Findings:
-    """What a run says about the backdoor, from the suspect set alone: no trigger, no test images.
+    """What a run says about the backdoor, from the data that it was given alone: no trigger, no test images.
 
     Attributes:
-        infected: whether a class holds a group of images that hang on their label by a link that could be broken.
-            False means that nothing was found, which is no proof that nothing is there.
-        targets: the labels of those classes, the one with the most suspects first.
-        poisoning_rate: share of all images that are suspects: the estimated poisoning rate.
+        infected: by suspects: whether a class holds a group of images that hang on their label by a link that could be
+            broken; by inversion: whether one perturbation takes most images to one class. False means that nothing was
+            found, which is no proof that nothing is there.
+        targets: the labels of those classes, the one with the most suspects, or the strongest perturbation, first.
+        by: what the verdict goes by: `suspects` in a training set, or `inversion` of the model on clean images.
+        poisoning_rate: share of all images that are suspects: the estimated poisoning rate; None by inversion.
         witnesses: number of suspects that were never trained on, and whose label isn't theirs by right.
         asr_left: share of the witnesses to which the purified model still gives their suspicious label; None without
             witnesses.
         asr_left_upper: its one-sided upper 95 % bound.
-        trigger_before: where the suspects have a trigger in common that works on other images: share of those images
-            in which the infected model obeys it; None where none could be recovered.
+        trigger_before: where the suspects have a trigger in common that works on other images, or one was inverted:
+            share of other images in which the infected model obeys it; None where none could be recovered.
         trigger_after: share in which the purified model does.
     """
 
     infected: bool
     targets: tuple[int, ...]
-    poisoning_rate: float
-    witnesses: int
-    asr_left: float | None
-    asr_left_upper: float | None
-    trigger_before: float | None
-    trigger_after: float | None
+    by: Literal["suspects", "inversion"] = "suspects"
+    poisoning_rate: float | None = None
+    witnesses: int = 0
+    asr_left: float | None = None
+    asr_left_upper: float | None = None
+    trigger_before: float | None = None
+    trigger_after: float | None = None
 
     @property
     def asr_estimate(self) -> float | None:

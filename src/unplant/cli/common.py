@@ -127,7 +127,7 @@ def save_pictures(folder: Path, data: LabeledImages, erasure: Erasure) -> list[s
         picture = pictures.suspects(data, erasure.ranked(), erasure.suspicion)
         write_atomically(folder / "suspects.png", picture)
         written.append("suspects.png")
-    if erasure.suspects is not None and erasure.trigger is not None:
+    if erasure.trigger is not None:
         picture = pictures.recovered_trigger(data, erasure.suspects, erasure.trigger)
         write_atomically(folder / "trigger.png", picture)
         written.append("trigger.png")

@@ -73,6 +73,11 @@ def percent(value: float | None) -> str:
 
 def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
     """What a run found out about the backdoor, in sentences."""
+    if not found.infected and found.by == "inversion":
+        return [
+            "Verdict: no trigger found. No patch, shift or warp takes most images to one class; triggers of another "
+            "kind, or of each image's own, would look the same, so the model was fine-tuned against all of them."
+        ]
     if not found.infected:
         return [
             "Verdict: no backdoor found. No class holds a group of images that hang on their label by a trigger; "
@@ -80,11 +85,17 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
         ]
     names = [classes[label] for label in found.targets]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    rate = f"estimated poisoning rate {percent(found.poisoning_rate)}, " if found.poisoning_rate is not None else ""
     lines = [
         f"Verdict: infected. Target {'label' if len(names) == 1 else 'labels'}: {', '.join(names[:10])}{more}; "
-        f"estimated poisoning rate {percent(found.poisoning_rate)}, "
-        f"estimated ASR that is left {percent(found.asr_estimate)}."
+        f"{rate}estimated ASR that is left {percent(found.asr_estimate)}."
     ]
+    if found.by == "inversion":
+        return [
+            *lines,
+            "A trigger inverted from the infected model changes its mind on "
+            f"{percent(found.trigger_before)} of other images, the purified model's on {percent(found.trigger_after)}.",
+        ]
     if found.trigger_before is not None:
         lines.append(
             "A trigger recovered from the suspects changes the infected model's mind on "

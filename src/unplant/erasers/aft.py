@@ -1,27 +1,30 @@
 """AFT: adversarial fine-tuning on clean data (Mu et al., CVPR 2023, arXiv:2202.06312, section 4.1): Steps 1 and 2.
 
-What goes beyond the paper has a switch each: the kind of stand-in (`stand_ins`), the infected model's opinion beside
-the labels (`belief`), no plain part at the end (`clean_steps`); docs/method.md says why.
+What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
+(`stand_ins`), how many of them are taught (`in_proportion`), the infected model's opinion beside the labels (`belief`),
+no plain part at the end (`clean_steps`); docs/method.md says why.
 """
 
 import copy
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from unplant.adversarial import pgd
 from unplant.classifier import device_of, frozen
+from unplant.detection.inverted import TRIED, Inverted, examination_steps, invert
 from unplant.devices import autocast
-from unplant.erasers.base import EraserConfig, Method, erasers, settle
+from unplant.erasers.base import Method, erasers
+from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.errors import UsageError
 from unplant.images import EndlessBatches, LabeledImages
-from unplant.inversion import Patches, Shared, Shifts, Warps, choose_targets
+from unplant.inversion import Patches, Shared, Shifts, Warps, choose_targets, new_perturbations
 from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
-from unplant.results import Erasure, Progress
+from unplant.results import Erasure, Findings, Progress
 from unplant.training import Change, Schedule, fit, steps_of
 
 LEAST_UNIVERSAL = 8 / 255
@@ -30,27 +33,11 @@ LEAST_UNIVERSAL = 8 / 255
 LEAST_REACH = 0.5
 """The least that warps may move a pixel, in pixels."""
 
-LEVELS = (1, 2, 3, 4, 6, 8)
-"""Radii that `fitting_eps` tries, in grey levels."""
+SHARED = ("patch", "universal", "warp")
+"""The kinds of stand-in that many images share."""
 
-
-class AdversarialConfig(EraserConfig):
-    """Settings of Steps 1 and 2."""
-
-    eps: Pixel | None = Field(
-        default=None, description="radius of the L∞ ball, in pixel units; none: found from the model, see `fitting_eps`"
-    )
-    pgd_steps: int = Field(default=3, ge=1, le=1000, description="PGD steps a batch")
-    pgd_step_size: Share = Field(default=0.67, gt=0, description="length of a PGD step, as a share of eps")
-    random_start: bool = Field(default=True, description="PGD begins at a random point of the ball")
-    adversarial_share: Share = Field(default=0.5, description="share of each batch that is made adversarial")
-
-    def passes(self, steps: int, data: LabeledImages) -> float:
-        """The cost of that many steps, in forward+backward passes per image of the data."""
-        return round(steps * self.batch_size * (1 + self.adversarial_share * self.pgd_steps) / len(data), 2)
-
-
-AdversarialType = TypeVar("AdversarialType", bound=AdversarialConfig)
+KNOWN = {"stand_ins": "all", "in_proportion": True, "adversarial_share": 0.6, "steps": 300}
+"""Settings for models in which a trigger was found: those that work are at hand, and no more are taught than work."""
 
 
 class AFTConfig(AdversarialConfig):
@@ -67,6 +54,12 @@ class AFTConfig(AdversarialConfig):
     in_proportion: bool = Field(
         default=False,
         description="shared stand-ins: that share times the rate at which the best of them works on the model now",
+    )
+    examination: int = Field(
+        default=60,
+        ge=0,
+        description="steps of each kind to look for a trigger in the infected model; finding one decides stand_ins, "
+        "in_proportion, adversarial_share and steps where they aren't given; 0: no look, no verdict",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
@@ -98,7 +91,7 @@ class AFTConfig(AdversarialConfig):
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of stand-in in use."""
-        several = {"mixed": ("patch", "universal"), "all": ("patch", "universal", "warp")}
+        several = {"mixed": SHARED[:2], "all": SHARED}
         return several.get(self.stand_ins, (self.stand_ins,))
 
     def passes(self, steps: int, data: LabeledImages) -> float:
@@ -110,60 +103,22 @@ class AFTConfig(AdversarialConfig):
             images += self.warm_up * self.batch_size * len(self.kinds)
         return round(images / len(data), 2)
 
-
-def fitting_eps(infected: nn.Module, data: LabeledImages, config: AdversarialConfig) -> float:
-    """Twice the radius at which half of the images get another label, at most 16/255: a ball that the model feels.
-
-    A ball that hardly changes the model's mind doesn't stand in for a trigger; one far beyond that costs accuracy.
-    Half of CIFAR-10's images flip at 2/255, half of the digits at 8 to 16/255.
-    """
-    part = data.sample(500, torch.Generator().manual_seed(0))
-    device = device_of(infected)
-    eps = LEVELS[-1] / 255
-    for level in LEVELS:
-        eps = level / 255
-        flipped = 0
-        for pixels, labels in part.batches(config.batch_size):
-            pixels, labels = pixels.to(device), labels.to(device)
-            moved = pgd(infected, pixels, labels, eps=eps, step_size=config.pgd_step_size * eps, steps=config.pgd_steps)
-            with frozen(infected), torch.no_grad():
-                flipped += int((infected(moved).argmax(1) != labels).sum())
-        if flipped >= len(part) / 2:
-            break
-    return min(2 * eps, 16 / 255)
+    def passes_of_examination(self, data: LabeledImages) -> float:
+        """The cost of the look for a trigger; a forward pass alone counts as a third."""
+        steps = examination_steps(self.examination, data.num_classes)
+        tried = min(TRIED, len(data) - len(data) // 2) * data.num_classes / 3
+        batch = min(self.batch_size, len(data) // 2)
+        return round(len(SHARED) * (steps * batch + tried) / len(data), 2)
 
 
-def settle_ball(config: AdversarialType, infected: nn.Module, data: LabeledImages) -> AdversarialType:
-    """Decides what the config leaves open: mirroring, and the radius of the ball."""
-    config = settle(config, infected, data)
-    return config if config.eps is not None else config.but(eps=fitting_eps(infected, data, config))
-
-
-def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
-    """Step 1: turns the first part of each batch into untargeted adversarial examples of the model as it is now.
-
-    An infected model takes them for triggered images (section 3.2), so they stand in for the unknown trigger.
-    """
-
-    if config.eps is None:
-        raise UsageError("stand_ins needs an eps; settle_ball finds one")
-    eps = config.eps
-
-    def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        count = round(config.adversarial_share * len(pixels))
-        adversarial = pgd(
-            model,
-            pixels[:count],
-            labels[:count],
-            eps=eps,
-            step_size=config.pgd_step_size * eps,
-            steps=config.pgd_steps,
-            random_start=config.random_start,
-            generator=generator,
-        )
-        return torch.cat([adversarial, pixels[count:]]), labels
-
-    return change
+def perturbations(
+    config: AFTConfig, data: LabeledImages, kinds: tuple[str, ...], generator: torch.Generator
+) -> dict[str, Patches | Shifts | Warps]:
+    """Fresh ones of these kinds, of the sizes that the config says."""
+    if config.universal_eps is None or config.warp_reach is None:
+        raise UsageError("shared stand-ins need a universal_eps and a warp_reach; aft settles them")
+    sizes = {"area": config.patch_area, "eps": config.universal_eps, "reach": config.warp_reach}
+    return new_perturbations(kinds, data.num_classes, data.shape, **sizes, generator=generator)
 
 
 def shared_stand_ins(
@@ -177,15 +132,7 @@ def shared_stand_ins(
     Returns:
         The change of a batch, and the perturbations.
     """
-    if config.universal_eps is None or config.warp_reach is None:
-        raise UsageError("shared_stand_ins needs a universal_eps and a warp_reach; aft settles them")
-    kinds: list[Patches | Shifts | Warps] = []
-    if "patch" in config.kinds:
-        kinds.append(Patches.new(data.num_classes, data.shape, config.patch_area, generator))
-    if "universal" in config.kinds:
-        kinds.append(Shifts.new(data.num_classes, data.shape, config.universal_eps, generator))
-    if "warp" in config.kinds:
-        kinds.append(Warps.new(data.num_classes, config.warp_reach, generator))
+    kinds = list(perturbations(config, data, config.kinds, generator).values())
 
     def improved(shared: Shared, model: nn.Module, pixels: Tensor, labels: Tensor, steps: int) -> Tensor:
         targets = choose_targets(shared.rates, labels, config.focus, generator)
@@ -229,28 +176,6 @@ def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Ch
     return both
 
 
-def adversarial_fine_tuning(
-    infected: nn.Module,
-    data: LabeledImages,
-    config: AdversarialConfig,
-    *,
-    steps: int,
-    generator: torch.Generator,
-    progress: Progress | None = None,
-    title: str = "adversarial fine-tuning",
-    journal: Journal = NOTHING,
-) -> nn.Module:
-    """Steps 1 and 2: fine-tunes a copy of the model on adversarial examples with their own labels.
-
-    The link from the trigger to the target is broken, as far as the examples behave like the trigger.
-    """
-    purified = copy.deepcopy(infected)
-    change = stand_ins(config, generator) if config.adversarial_share > 0 else None
-    around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
-    fit(purified, data, steps=steps, config=config, change=change, **around)
-    return purified
-
-
 def aft(
     infected: nn.Module,
     data: LabeledImages,
@@ -271,22 +196,28 @@ def aft(
         journal: where it is written down.
 
     Returns:
-        The purified model; AFT doesn't judge images.
+        The purified model, and whether a trigger was found in the infected one; AFT doesn't judge images.
     """
+    given = config.model_fields_set
     config = settle_ball(config, infected, data)
     if config.universal_eps is None:
         config = config.but(universal_eps=max(config.eps or 0.0, LEAST_UNIVERSAL))
     if config.warp_reach is None:
         config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
+    found = examined(infected, data, config, generator.initial_seed(), progress)
+    if found is not None and found.standing_out:
+        config = config.but(**{name: value for name, value in KNOWN.items() if name not in given})
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:
         steps = steps_of(config.epochs, data, config.batch_size)
     if config.clean_epochs is not None:
         clean_steps = steps_of(config.clean_epochs, data, config.batch_size)
     purified = copy.deepcopy(infected)
-    rounds: list[dict[str, Any]] = [
-        {"step": "stand-ins", "kind": config.stand_ins, **config.model_dump(include={"eps", "universal_eps", "warp_reach"})}
-    ]
+    balls = config.model_dump(include={"eps", "universal_eps", "warp_reach"})
+    rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, **balls}]
+    if found is not None:
+        rates = {kind: [round(rate, 3) for rate in rates.tolist()] for kind, rates in found.rates.items()}
+        rounds.append({"step": "examined", "rates": rates, "passes": config.passes_of_examination(data)})
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
             continue
@@ -297,29 +228,60 @@ def aft(
             change, shared = shared_stand_ins(infected, data, config, generator)
         if config.belief > 0:
             change = with_belief(infected, change, config.belief)
-        fit(
-            purified,
-            data,
-            steps=count,
-            config=config,
-            generator=generator,
-            change=change,
-            memory=shared,
-            progress=progress,
-            title=title,
-            journal=journal,
-        )
+        around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
+        fit(purified, data, steps=count, config=config, change=change, memory=shared, **around)
         passes = config.but(adversarial_share=share).passes(count, data)
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
-    return Erasure(purified, rounds=rounds)
+    if found is None:
+        return Erasure(purified, rounds=rounds)
+    said, trigger = verdict(found, infected, purified, config)
+    return Erasure(purified, rounds=rounds, findings=said, trigger=trigger)
 
 
-RELEASED = {
-    "eps": 6 / 255, "pgd_steps": 7, "pgd_step_size": 0.2, "random_start": False, "adversarial_share": 1.0,
-    "lr": 0.001, "schedule": "constant", "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128,
-    "padding": 5, "rotation": 10, "flip": True,
-}  # fmt: skip
-"""Steps 1 and 2 as the released code sets them; it doesn't clip adversarial examples to [0, 1], we do."""
+def examined(
+    infected: nn.Module, data: LabeledImages, config: AFTConfig, seed: int, progress: Progress | None
+) -> Inverted | None:
+    """Looks for the trigger in the infected model, with random numbers of its own; None if that isn't asked for."""
+    if not config.examination:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return invert(
+        infected,
+        data,
+        perturbations(config, data, SHARED, generator),
+        steps=config.examination,
+        step_size=config.inversion_step_size,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        generator=generator,
+        progress=progress,
+    )
+
+
+def verdict(
+    found: Inverted, infected: nn.Module, purified: nn.Module, config: AFTConfig
+) -> tuple[Findings, Callable[[Tensor], Tensor] | None]:
+    """What the examination says, and the strongest perturbation as the trigger.
+
+    What is left of the backdoor is that of what stands out which the purified model obeys most.
+    """
+    pairs = found.standing_out
+    if not pairs:
+        return Findings(infected=False, targets=(), by="inversion"), None
+    kind, target = pairs[0]
+
+    def trigger(pixels: Tensor) -> Tensor:
+        return found.kinds[kind].apply(pixels, torch.full((len(pixels),), target, device=pixels.device))
+
+    said = Findings(
+        infected=True,
+        targets=tuple(dict.fromkeys(target for _, target in pairs)),
+        by="inversion",
+        trigger_before=float(found.rates[kind][target]),
+        trigger_after=max(found.obedience(purified, *pair, config.precision) for pair in pairs),
+    )
+    return said, trigger
+
 
 erasers.add(
     "aft",
@@ -329,8 +291,14 @@ erasers.add(
         AFTConfig,
         aft,
         presets={
-            "released": {**RELEASED, "stand_ins": "pgd", "belief": 0, "epochs": 3, "clean_epochs": 17},
-            "gentle": {"in_proportion": True, "adversarial_share": 0.4, "steps": 300},
+            "released": {
+                **RELEASED,
+                "stand_ins": "pgd",
+                "belief": 0,
+                "epochs": 3,
+                "clean_epochs": 17,
+                "examination": 0,
+            }
         },
     ),
 )

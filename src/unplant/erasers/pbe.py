@@ -16,7 +16,6 @@ from unplant.classifier import activations, logits
 from unplant.detection.clusters import outweighing, split_classes
 from unplant.detection.kinship import kin_of_suspects
 from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
-from unplant.erasers.aft import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.examination import Examination, cross_examine, findings, retrial
 from unplant.erasers.selection import (
@@ -29,6 +28,7 @@ from unplant.erasers.selection import (
     shared_suspicion,
     step_three,
 )
+from unplant.erasers.steps import RELEASED, AdversarialConfig, adversarial_fine_tuning, settle_ball
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
 from unplant.params import Real, Share

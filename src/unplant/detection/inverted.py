@@ -1,0 +1,128 @@
+"""Is the model infected? Clean images tell, where a trigger is one perturbation that works on many of them.
+
+For each class and each kind a perturbation is inverted from the model and tried on images that the inversion hasn't
+seen. A backdoor's target gives in, the others don't. The idea is that of Neural Cleanse (Wang et al., IEEE S&P 2019),
+which compares sizes of masks that all work; here all have one size, and how often they work is compared.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unplant.classifier import device_of, frozen
+from unplant.devices import Precision, autocast
+from unplant.images import EndlessBatches, LabeledImages
+from unplant.inversion import Shared, choose_targets
+from unplant.results import Progress
+
+WORKS = 0.75
+"""Share of the images that a standing-out class's perturbation takes there, at least."""
+
+BEYOND = 2.0
+"""That many times as often as the median of the other classes' perturbations, at least."""
+
+FEWEST = 20
+"""With fewer images nothing is tried."""
+
+TRIED = 200
+"""So many images each perturbation is tried on, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """Perturbations of each kind, and how they work on images that they weren't made with.
+
+    Attributes:
+        kinds: the perturbations, one a class of each kind.
+        rates: float (K,) of each kind, share of images of other classes that each class's perturbation takes there.
+        held_out: the images that they were tried on.
+    """
+
+    kinds: Mapping[str, Shared]
+    rates: Mapping[str, Tensor]
+    held_out: LabeledImages
+
+    @property
+    def standing_out(self) -> list[tuple[str, int]]:
+        """Kind and class of what takes most images to one class, and few to others: the strongest first."""
+        found = []
+        for kind, rates in self.rates.items():
+            for target, rate in enumerate(rates.tolist()):
+                others = torch.cat([rates[:target], rates[target + 1 :]])
+                if rate >= WORKS and rate >= BEYOND * float(others.median()):
+                    found.append((rate, kind, target))
+        return [(kind, target) for _, kind, target in sorted(found, key=lambda entry: -entry[0])]
+
+    def obedience(self, model: nn.Module, kind: str, target: int, precision: Precision = "float32") -> float:
+        """Share of the held-out images of other classes that this perturbation takes to its class in that model."""
+        images = self.held_out.select(self.held_out.labels != target)
+        took, device = 0, device_of(model)
+        with frozen(model), torch.no_grad(), autocast(device, precision):
+            for pixels, labels in images.batches(TRIED):
+                moved = self.kinds[kind].apply(pixels.to(device), torch.full_like(labels, target).to(device))
+                took += int((model(moved).argmax(1) == target).sum())
+        return took / max(1, len(images))
+
+
+def examination_steps(steps: int, classes: int) -> int:
+    """Steps of each kind: as said for up to ten classes, with more as many times more, at most four.
+
+    >>> examination_steps(60, 2), examination_steps(60, 43), examination_steps(60, 1000)
+    (60, 240, 240)
+    >>> examination_steps(60, 25)
+    150
+    """
+    return round(steps * min(4.0, max(1.0, classes / 10)))
+
+
+def invert(
+    infected: nn.Module,
+    data: LabeledImages,
+    kinds: Mapping[str, Shared],
+    *,
+    steps: int,
+    step_size: float,
+    batch_size: int,
+    precision: Precision,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Inverted | None:
+    """Inverts the perturbations from the model on half of the images and tries them on the others.
+
+    Args:
+        infected: pixels in [0, 1] → logits; not modified.
+        data: clean images.
+        kinds: fresh perturbations by their kind; improved in place.
+        steps: gradient steps of each kind for up to ten classes; with more classes as many times more, at most four.
+        step_size: length of a step, see `Shared.improve`.
+        batch_size: images a step.
+        precision: of convolutions and matrix products.
+        generator: CPU generator of the halves, batches and targets.
+        progress: told the share of steps done.
+
+    Returns:
+        What was found; None for fewer than 20 images.
+    """
+    if len(data) < FEWEST:
+        return None
+    order = torch.randperm(len(data), generator=generator)
+    known, held_out = data.select(order[: len(data) // 2]), data.select(order[len(data) // 2 :][:TRIED])
+    steps = examination_steps(steps, data.num_classes)
+    device, batches = device_of(infected), EndlessBatches(known, min(batch_size, len(known)), generator)
+    with autocast(device, precision):
+        for step in range(steps):
+            for shared in kinds.values():
+                indices = next(batches)
+                pixels, labels = known.pixels(indices).to(device), known.labels[indices].to(device)
+                targets = choose_targets(shared.rates, labels, 0.0, generator)
+                shared.improve(infected, pixels, targets, steps=1, step_size=step_size)
+            if progress is not None:
+                progress("looking for a trigger", (step + 1) / steps)
+    found = Inverted(kinds, {}, held_out)
+    rates = {
+        kind: torch.tensor([found.obedience(infected, kind, target, precision) for target in range(data.num_classes)])
+        for kind in kinds
+    }
+    return Inverted(kinds, rates, held_out)
