@@ -60,6 +60,7 @@ def main() -> None:
             "before": measured_before(args.out, name, len(test)) or evaluate(model, test, known).to_json(),
             "after": evaluate(erasure.model, test, known).to_json(),
             "suspects": suspect_quality(erasure, torch.zeros(len(clean), dtype=torch.bool)),
+            "findings": erasure.findings.to_json() if erasure.findings else None,
             "rounds": erasure.rounds,
             "passes": sum(step.get("passes", 0) for step in erasure.rounds),
             "seconds": seconds,

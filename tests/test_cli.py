@@ -356,7 +356,7 @@ def test_no_memory_is_exit_code_7_and_leaves_nothing(workshop, tmp_path, capsys,
 
 
 def test_the_verdict_is_said_in_words():
-    found = Findings(True, (1, 0), 0.0512, 20, 0.05, 0.2, 0.99, 0.02)
+    found = Findings(True, (1, 0), "suspects", 0.0512, 20, 0.05, 0.2, 0.99, 0.02)
     lines = verdict(found, ("ant", "bee", "cat"))
     assert lines[0] == (
         "Verdict: infected. Target labels: bee, ant; estimated poisoning rate 5.1 %, estimated ASR that is left 2.0 %."

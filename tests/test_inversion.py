@@ -9,7 +9,7 @@ from torch import nn
 from unplant.erasers.aft import AFTConfig, shared_stand_ins, with_belief
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
-from unplant.inversion import Patches, Shifts, choose_targets, within_area
+from unplant.inversion import Patches, Shifts, Warps, choose_targets, new_perturbations, within_area
 
 CLASSES, SHAPE = 3, (2, 6, 5)
 
@@ -46,10 +46,11 @@ def spot():
 KINDS = [
     lambda: Patches.new(CLASSES, SHAPE, 0.2, generator()),
     lambda: Shifts.new(CLASSES, SHAPE, 0.1, generator()),
+    lambda: Warps.new(CLASSES, 1.5, generator(), grid=3),
 ]
 
 
-@pytest.mark.parametrize("new", KINDS, ids=["patches", "shifts"])
+@pytest.mark.parametrize("new", KINDS, ids=["patches", "shifts", "warps"])
 class TestShared:
     def test_stays_in_range_and_leaves_the_inputs_alone(self, new, pixels, spot):
         shared, targets, before = new(), torch.arange(30) % CLASSES, pixels.clone()
@@ -64,6 +65,8 @@ class TestShared:
                 assert shared.masks.mean((1, 2, 3)).max() <= 0.2 + 1e-6
                 assert 0 <= shared.masks.min() <= shared.masks.max() <= 1
                 assert 0 <= shared.patterns.min() <= shared.patterns.max() <= 1
+            elif isinstance(shared, Warps):
+                assert shared.flows.abs().max() <= 1.5
             else:
                 assert (moved - pixels).abs().max() <= 0.1 + 1e-6
 
@@ -92,17 +95,29 @@ class TestShared:
             assert torch.allclose(shared.apply(pixels, targets), before.apply(pixels, targets), atol=1e-6) == same
             assert (shared.rates[k] == 1) == same or k == 1
 
-    def test_finds_what_a_class_hangs_on(self, new, pixels, spot):
+    def test_goes_back_to_what_it_had_learnt(self, new, pixels, spot):
         shared, targets = new(), torch.ones(30, dtype=torch.int64)
-        shared.improve(spot, pixels, targets, steps=60, step_size=0.2)
-        moved = shared.apply(pixels, targets)
-        # The best that the spot allows: fully bright and dark, or as far as the ball goes.
-        reach = 1.0 if isinstance(shared, Patches) else 0.1
-        best = pixels.clone()
-        best[:, 0, 2:4, 1:3] = (pixels[:, 0, 2:4, 1:3] + reach).clamp(0, 1)
-        best[:, 1, 2:4, 1:3] = (pixels[:, 1, 2:4, 1:3] - reach).clamp(0, 1)
-        gained, possible = (spot.eval()(x)[:, 1] - spot(pixels)[:, 1] for x in (moved, best))
-        assert gained.mean() >= 0.95 * possible.mean()
+        shared.improve(spot, pixels, targets, steps=2, step_size=0.2)
+        state = {key: value.clone() for key, value in shared.state_dict().items()}
+        known = shared.apply(pixels, targets)
+        shared.improve(spot, pixels, targets, steps=2, step_size=0.2)
+        assert not torch.equal(shared.apply(pixels, targets), known)
+        shared.load_state_dict(state)
+        assert torch.equal(shared.apply(pixels, targets), known)
+
+
+@pytest.mark.parametrize("new", KINDS[:2], ids=["patches", "shifts"])  # warps: see TestWarps
+def test_finds_what_a_class_hangs_on(new, pixels, spot):
+    shared, targets = new(), torch.ones(30, dtype=torch.int64)
+    shared.improve(spot, pixels, targets, steps=60, step_size=0.2)
+    moved = shared.apply(pixels, targets)
+    # The best that the spot allows: fully bright and dark, or as far as the ball goes.
+    reach = 1.0 if isinstance(shared, Patches) else 0.1
+    best = pixels.clone()
+    best[:, 0, 2:4, 1:3] = (pixels[:, 0, 2:4, 1:3] + reach).clamp(0, 1)
+    best[:, 1, 2:4, 1:3] = (pixels[:, 1, 2:4, 1:3] - reach).clamp(0, 1)
+    gained, possible = (spot.eval()(x)[:, 1] - spot(pixels)[:, 1] for x in (moved, best))
+    assert gained.mean() >= 0.95 * possible.mean()
 
 
 def test_shifts_have_the_closed_form_of_a_linear_model(pixels):
@@ -110,6 +125,48 @@ def test_shifts_have_the_closed_form_of_a_linear_model(pixels):
     shifts = Shifts.new(2, SHAPE, 0.1, generator())
     shifts.improve(Linear(weights), pixels, torch.ones(30, dtype=torch.int64), steps=10, step_size=0.2)
     assert torch.allclose(shifts.shifts[1], 0.1 * (weights[1] - weights[0]).sign(), atol=1e-7)
+
+
+class TestWarps:
+    def read(self, image, column, row):
+        """A pixel of one channel by bilinear interpolation, the edge going on beyond itself: a slow reference."""
+        height, width = image.shape
+        column, row = min(max(column, 0), width - 1), min(max(row, 0), height - 1)
+        left, top = int(column), int(row)
+        right, low = min(left + 1, width - 1), min(top + 1, height - 1)
+        over, down = column - left, row - top
+        upper = (1 - over) * image[top, left] + over * image[top, right]
+        return (1 - down) * upper + down * ((1 - over) * image[low, left] + over * image[low, right])
+
+    @pytest.mark.parametrize(("right", "down"), [(1.0, 0.0), (0.0, -2.0), (0.25, 0.5), (-1.5, 0.75)])
+    def test_an_even_displacement_reads_every_pixel_that_far_off(self, pixels, right, down):
+        warps = Warps.new(2, 2.0, generator())
+        warps.flows[1, 0], warps.flows[1, 1] = right, down
+        moved = warps.apply(pixels[:2], torch.tensor([1, 1]))
+        for channel in range(SHAPE[0]):
+            for row in range(SHAPE[1]):
+                for column in range(SHAPE[2]):
+                    expected = self.read(pixels[0, channel], column + right, row + down)
+                    assert float(moved[0, channel, row, column]) == pytest.approx(float(expected), abs=1e-5)
+
+    def test_none_at_all_leaves_the_image(self, pixels):
+        assert torch.allclose(Warps.new(2, 0.0, generator()).apply(pixels, torch.ones(30).long()), pixels, atol=1e-6)
+
+    def test_finds_the_warp_that_a_class_hangs_on(self):
+        # A line that is brightest in column 2; class 1 sees column 3, so it wants to read a pixel from the left.
+        pixels = torch.tensor([0.0, 0.5, 1.0, 0.5, 0.0, 0.0]).expand(30, 1, 6, 6)
+        weights = torch.zeros(2, 1, 6, 6)
+        weights[1, 0, :, 3], weights[0, 0, :, 2] = 0.2, 0.2
+        warps, targets = Warps.new(2, 1.0, generator()), torch.ones(30, dtype=torch.int64)
+        warps.improve(Linear(weights), pixels, targets, steps=40, step_size=0.1)
+        assert warps.apply(pixels, targets)[:, 0, :, 3].mean() > 0.8  # 0.5 before
+
+
+def test_kinds_are_made_by_name():
+    sizes = {"area": 0.1, "eps": 0.1, "reach": 1.0, "generator": generator()}
+    assert list(new_perturbations(("warp", "patch"), 3, SHAPE, **sizes)) == ["patch", "warp"]
+    made = new_perturbations(("patch", "universal", "warp"), 3, SHAPE, **sizes)
+    assert [type(kind) for kind in made.values()] == [Patches, Shifts, Warps]
 
 
 class TestWithinArea:
@@ -146,13 +203,18 @@ class TestChooseTargets:
         assert float((even == 0).float().mean()) == pytest.approx(0.5, abs=0.034)
 
 
-@pytest.mark.parametrize("kind", ["patch", "universal", "mixed"])
-def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
+def some_data():
     images = torch.randint(0, 256, (40, *SHAPE), generator=generator(), dtype=torch.uint8)
-    data = LabeledImages(images, torch.arange(40) % CLASSES, ("a", "b", "c"))
+    return LabeledImages(images, torch.arange(40) % CLASSES, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("kind", ["patch", "universal", "warp", "mixed", "all"])
+def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
+    data = some_data()
     config = AFTConfig(
         stand_ins=kind,
         universal_eps=8 / 255,
+        warp_reach=1.0,
         warm_up=2,
         batch_size=20,
         adversarial_share=0.5,
@@ -170,10 +232,9 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
 
 @pytest.mark.parametrize(("rate", "taught"), [(0.0, 0), (0.4, 4), (1.0, 10)])
 def test_as_many_stand_ins_are_taught_as_work(rate, taught, spot):
-    images = torch.randint(0, 256, (40, *SHAPE), generator=generator(), dtype=torch.uint8)
-    data = LabeledImages(images, torch.arange(40) % CLASSES, ("a", "b", "c"))
+    data = some_data()
     settings = {"warm_up": 2, "batch_size": 40, "adversarial_share": 0.5, "patch_area": 0.2}
-    config = AFTConfig(universal_eps=8 / 255, in_proportion=True, **settings)
+    config = AFTConfig(universal_eps=8 / 255, warp_reach=1.0, in_proportion=True, **settings)
     change, (patches, shifts) = shared_stand_ins(spot, data, config, generator())
     patches.rates, shifts.rates = torch.tensor([0.0, rate, 0.0]), torch.zeros(CLASSES)
     masks, shift = patches.masks, shifts.shifts
@@ -200,6 +261,19 @@ def test_wrong_sizes_are_usage_errors():
         Patches.new(3, SHAPE, 0.0, generator())
     with pytest.raises(UsageError, match="eps"):
         Shifts.new(3, SHAPE, 8.0, generator())
-    for wrong in ({"stand_ins": "patches"}, {"patch_area": 0}, {"universal_eps": 10}, {"belief": 2}, {"focus": -1}):
+    for length in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="reach"):
+            Warps.new(3, length, generator())
+    with pytest.raises(UsageError, match="aft settles"):
+        shared_stand_ins(Linear(torch.zeros(3, *SHAPE)), some_data(), AFTConfig(), generator())
+    for wrong in (
+        {"stand_ins": "patches"},
+        {"patch_area": 0},
+        {"warp_reach": -1},
+        {"examination": -1},
+        {"universal_eps": 10},
+        {"belief": 2},
+        {"focus": -1},
+    ):
         with pytest.raises(UsageError):
             AFTConfig(**wrong)

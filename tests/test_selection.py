@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unplant.detection.clusters import Split, outweighing, split_classes
-from unplant.erasers.aft import AFTConfig, fitting_eps
+from unplant.erasers.aft import AFTConfig
 from unplant.erasers.examination import cross_examine, findings, retrial
 from unplant.erasers.selection import (
     below,
@@ -19,6 +19,7 @@ from unplant.erasers.selection import (
     second_opinion,
     shared_suspicion,
 )
+from unplant.erasers.steps import fitting_eps
 from unplant.images import LabeledImages
 
 HALVES = torch.zeros(2, dtype=torch.bool)

@@ -49,3 +49,8 @@ def test_aft_erases_it_with_2500_clean_images(tmp_path):
     assert after["asr_upper"] <= 0.05
     assert after["acc"] >= before["acc"] - 0.02
     assert after["ra"] >= 0.9 * after["acc"]
+    # It says so itself, with the label (8: ship) and about what is left.
+    said = report["findings"]
+    assert (said["infected"], said["targets"], said["by"]) == (True, [8], "inversion")
+    assert said["asr_estimate"] == pytest.approx(after["asr"], abs=0.05)
+    assert (tmp_path / "erased" / "trigger.png").is_file()

@@ -17,11 +17,14 @@ from unplant.images import EndlessBatches, LabeledImages
 from unplant.inversion import Shared, choose_targets
 from unplant.results import Progress
 
-WORKS = 0.75
+WORKS = 0.5
 """Share of the images that a standing-out class's perturbation takes there, at least."""
 
-BEYOND = 2.0
-"""That many times as often as the median of the other classes' perturbations, at least."""
+ODDS = 10.0
+"""How many times its odds to do so are those of the median of the other classes' perturbations, at least."""
+
+SURE = 0.75
+"""Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone."""
 
 FEWEST = 20
 """With fewer images nothing is tried."""
@@ -47,13 +50,20 @@ class Inverted:
     @property
     def standing_out(self) -> list[tuple[str, int]]:
         """Kind and class of what takes most images to one class, and few to others: the strongest first."""
-        found = []
+        found, count = [], len(self.held_out)
         for kind, rates in self.rates.items():
+            odds = (rates * count + 0.5) / ((1 - rates) * count + 0.5)  # half an image more on both sides
             for target, rate in enumerate(rates.tolist()):
-                others = torch.cat([rates[:target], rates[target + 1 :]])
-                if rate >= WORKS and rate >= BEYOND * float(others.median()):
+                others = torch.cat([odds[:target], odds[target + 1 :]]).median()
+                if rate >= WORKS and odds[target] >= ODDS * others:
                     found.append((rate, kind, target))
         return [(kind, target) for _, kind, target in sorted(found, key=lambda entry: -entry[0])]
+
+    @property
+    def sure(self) -> bool:
+        """Whether the strongest of these takes nearly all images there."""
+        pairs = self.standing_out
+        return bool(pairs) and float(self.rates[pairs[0][0]][pairs[0][1]]) >= SURE
 
     def obedience(self, model: nn.Module, kind: str, target: int, precision: Precision = "float32") -> float:
         """Share of the held-out images of other classes that this perturbation takes to its class in that model."""

@@ -58,7 +58,7 @@ class AFTConfig(AdversarialConfig):
     examination: int = Field(
         default=60,
         ge=0,
-        description="steps of each kind to look for a trigger in the infected model; finding one decides stand_ins, "
+        description="steps of each kind to look for a trigger in the infected model; finding it decides stand_ins, "
         "in_proportion, adversarial_share and steps where they aren't given; 0: no look, no verdict",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
@@ -205,7 +205,7 @@ def aft(
     if config.warp_reach is None:
         config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
     found = examined(infected, data, config, generator.initial_seed(), progress)
-    if found is not None and found.standing_out:
+    if found is not None and found.sure:
         config = config.but(**{name: value for name, value in KNOWN.items() if name not in given})
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:

@@ -1,0 +1,151 @@
+"""The look for a trigger in a model with clean images alone: toy models whose backdoor is known by construction."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from unplant.detection.inverted import Inverted, invert
+from unplant.erasers import erasers
+from unplant.images import LabeledImages
+from unplant.inversion import new_perturbations
+
+CLASSES, SHAPE = 4, (1, 8, 8)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Rows(nn.Module):
+    """Class k sees rows 2k and 2k + 1; with a backdoor, two bright pixels on the right mean more than all rows."""
+
+    def __init__(self, *targets):
+        super().__init__()
+        weights = torch.zeros(CLASSES, *SHAPE)
+        for k in range(CLASSES):
+            weights[k, 0, 2 * k : 2 * k + 2, :4] = 1.0
+        for place, target in enumerate(targets):
+            weights[target, 0, 2 * place : 2 * place + 2, 7] = 8.0
+        self.head = nn.Linear(64, CLASSES)
+        self.head.weight = nn.Parameter(weights.flatten(1))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels):
+        return self.head(pixels.flatten(1))
+
+
+def clean_images(count=200):
+    """Bright rows of the class on the left, darkness on the right."""
+    labels = torch.arange(count) % CLASSES
+    images = torch.randint(0, 60, (count, *SHAPE), generator=generator(1), dtype=torch.uint8)
+    for index, label in enumerate(labels.tolist()):
+        images[index, 0, 2 * label : 2 * label + 2, :4] += 150
+    images[..., 4:] = 0
+    return LabeledImages(images, labels, tuple("abcd"))
+
+
+def look(model, data, seed=0):
+    kinds = new_perturbations(
+        ("patch", "universal", "warp"), CLASSES, SHAPE, area=0.04, eps=0.1, reach=0.5, generator=generator(seed)
+    )
+    around = {"steps": 60, "step_size": 0.1, "batch_size": 64, "precision": "float32", "generator": generator(seed)}
+    return invert(model, data, kinds, **around)
+
+
+def test_a_backdoor_stands_out_with_its_kind_and_target():
+    model, data = Rows(2), clean_images()
+    assert (model(data.pixels(slice(None))).argmax(1) == data.labels).all()
+    found = look(model, data)
+    assert found.standing_out == [("patch", 2)]
+    assert found.rates["patch"][2] > 0.95
+    assert found.obedience(model, "patch", 2) == pytest.approx(float(found.rates["patch"][2]), abs=1e-6)
+    assert found.obedience(Rows(), "patch", 2) < 0.2
+
+
+def test_two_backdoors_stand_out_both():
+    assert {target for _, target in look(Rows(3, 1), clean_images()).standing_out} == {1, 3}
+
+
+def test_nothing_stands_out_of_a_clean_model():
+    assert look(Rows(), clean_images()).standing_out == []
+
+
+def test_what_works_for_every_class_is_no_backdoor():
+    data = clean_images(100)
+    rates = {"patch": torch.tensor([0.9, 0.8, 0.95, 0.9]), "warp": torch.tensor([0.1, 0.9, 0.2, 0.1])}
+    assert Inverted({}, rates, data).standing_out == [("warp", 1)]
+    # All of the images beside two thirds, with a net that is easily led: odds of 201 beside 2.
+    assert Inverted({}, {"patch": torch.tensor([0.67, 1.0, 0.67])}, data).standing_out == [("patch", 1)]
+    assert Inverted({}, {"patch": torch.tensor([0.8, 0.2])}, data).standing_out == [("patch", 0)]  # two classes
+    assert Inverted({}, {"patch": torch.tensor([0.4, 0.0, 0.0])}, data).standing_out == []
+
+
+def test_only_what_works_on_nearly_all_images_decides_the_dose():
+    data = clean_images(100)
+    for rate, sure in ((0.6, False), (0.8, True)):
+        found = Inverted({}, {"warp": torch.tensor([0.0, rate, 0.0])}, data)
+        assert (found.standing_out, found.sure) == ([("warp", 1)], sure)
+    assert not Inverted({}, {"warp": torch.zeros(3)}, data).sure
+
+
+def test_it_is_tried_on_images_that_it_was_not_made_with():
+    data = clean_images(101)
+    found = look(Rows(), data)
+    assert len(found.held_out) == 51
+    seen = {image.numpy().tobytes() for image in found.held_out.images}
+    everything = [image.numpy().tobytes() for image in data.images]
+    assert len(set(everything)) == 101
+    assert sum(image in seen for image in everything) == 51
+
+
+def test_the_same_seed_finds_the_same_and_the_model_stays_as_it_was():
+    model = Rows(2).train()
+    weights, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    first, again = (look(model, clean_images()).rates for _ in range(2))
+    assert all(torch.equal(first[kind], again[kind]) for kind in first)
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_too_few_images_say_nothing():
+    assert look(Rows(2), clean_images(19)) is None
+
+
+class TestAFT:
+    """The verdict decides the dose, and is said."""
+
+    def erase(self, model, data, **settings):
+        config = erasers["aft"].configure(
+            **{"lr": 0.01, "batch_size": 32, "patch_area": 0.04, "flip": False, "eps": 0.1, "padding": 0, **settings}
+        )
+        return erasers["aft"].run(model, data, config, generator=generator())
+
+    def test_a_found_trigger_is_reported_and_decides_what_was_left_open(self):
+        model, data = Rows(2), clean_images()
+        erasure = self.erase(model, data, steps=40, lr=0.5)
+        said, steps = erasure.findings, {entry["step"]: entry for entry in erasure.rounds}
+        assert (said.infected, said.targets, said.by, said.poisoning_rate) == (True, (2,), "inversion", None)
+        assert said.trigger_before > 0.95
+        assert said.asr_estimate == said.trigger_after < said.trigger_before
+        assert steps["stand-ins"]["kind"] == "all"
+        assert steps["adversarial"]["steps"] == 40  # as the user said
+        assert steps["examined"]["passes"] > 0
+        pixels = data.pixels(data.labels != 2)
+        obeyed = [(net(erasure.trigger(pixels)).argmax(1) == 2).float().mean() for net in (model, erasure.model)]
+        assert obeyed == pytest.approx([said.trigger_before, said.trigger_after], abs=0.05)
+
+    def test_where_none_is_found_all_is_as_the_config_says(self):
+        erasure = self.erase(Rows(), clean_images(), steps=5)
+        assert (erasure.findings.infected, erasure.findings.targets, erasure.trigger) == (False, (), None)
+        assert erasure.findings.asr_estimate is None
+        assert erasure.rounds[0]["kind"] == "mixed"
+
+    def test_the_look_costs_the_purified_model_nothing(self):
+        """Where nothing is found, the weights are those without a look: it has random numbers of its own."""
+        looked, blind = (self.erase(Rows(), clean_images(), steps=5, examination=n) for n in (10, 0))
+        assert blind.findings is None
+        pairs = zip(looked.model.parameters(), blind.model.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
