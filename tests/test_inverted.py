@@ -8,6 +8,7 @@ from torch import nn
 
 from unplant.detection.inverted import Inverted, invert
 from unplant.erasers import erasers
+from unplant.erasers.aft import known_dose
 from unplant.images import LabeledImages
 from unplant.inversion import new_perturbations
 
@@ -84,7 +85,7 @@ def test_what_works_for_every_class_is_no_backdoor():
 
 def test_only_what_works_on_nearly_all_images_decides_the_dose():
     data = clean_images(100)
-    for rate, sure in ((0.6, False), (0.8, True)):
+    for rate, sure in ((0.65, False), (0.95, True)):
         found = Inverted({}, {"warp": torch.tensor([0.0, rate, 0.0])}, data)
         assert (found.standing_out, found.sure) == ([("warp", 1)], sure)
     assert not Inverted({}, {"warp": torch.zeros(3)}, data).sure
@@ -130,7 +131,7 @@ class TestAFT:
         assert (said.infected, said.targets, said.by, said.poisoning_rate) == (True, (2,), "inversion", None)
         assert said.trigger_before > 0.95
         assert said.asr_estimate == said.trigger_after < said.trigger_before
-        assert steps["stand-ins"]["kind"] == "all"
+        assert steps["stand-ins"]["kind"] == "mixed"
         assert steps["adversarial"]["steps"] == 40  # as the user said
         assert steps["examined"]["passes"] > 0
         pixels = data.pixels(data.labels != 2)
@@ -142,6 +143,15 @@ class TestAFT:
         assert (erasure.findings.infected, erasure.findings.targets, erasure.trigger) == (False, (), None)
         assert erasure.findings.asr_estimate is None
         assert erasure.rounds[0]["kind"] == "mixed"
+
+    def test_warps_join_where_one_stood_out_and_no_more_is_taught_than_works(self):
+        data, nothing, patch = clean_images(100), torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 0.0])
+        for rates, kind, share in (
+            ({"patch": patch, "warp": nothing}, "mixed", 0.4),
+            ({"patch": nothing, "warp": patch}, "all", 0.6),
+        ):
+            dose = known_dose(Inverted({}, rates, data))
+            assert (dose["stand_ins"], dose["adversarial_share"], dose["in_proportion"]) == (kind, share, True)
 
     def test_the_look_costs_the_purified_model_nothing(self):
         """Where nothing is found, the weights are those without a look: it has random numbers of its own."""

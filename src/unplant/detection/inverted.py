@@ -17,13 +17,13 @@ from unplant.images import EndlessBatches, LabeledImages
 from unplant.inversion import Shared, choose_targets
 from unplant.results import Progress
 
-WORKS = 0.5
+WORKS = 0.6
 """Share of the images that a standing-out class's perturbation takes there, at least."""
 
 ODDS = 10.0
 """How many times its odds to do so are those of the median of the other classes' perturbations, at least."""
 
-SURE = 0.75
+SURE = 0.9
 """Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone."""
 
 FEWEST = 20

@@ -36,9 +36,6 @@ LEAST_REACH = 0.5
 SHARED = ("patch", "universal", "warp")
 """The kinds of stand-in that many images share."""
 
-KNOWN = {"stand_ins": "all", "in_proportion": True, "adversarial_share": 0.6, "steps": 300}
-"""Settings for models in which a trigger was found: those that work are at hand, and no more are taught than work."""
-
 
 class AFTConfig(AdversarialConfig):
     """AFT on a small clean set. Deviations from the released code are in docs/method.md."""
@@ -206,7 +203,7 @@ def aft(
         config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
     found = examined(infected, data, config, generator.initial_seed(), progress)
     if found is not None and found.sure:
-        config = config.but(**{name: value for name, value in KNOWN.items() if name not in given})
+        config = config.but(**{name: value for name, value in known_dose(found).items() if name not in given})
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:
         steps = steps_of(config.epochs, data, config.batch_size)
@@ -256,6 +253,20 @@ def examined(
         generator=generator,
         progress=progress,
     )
+
+
+def known_dose(found: Inverted) -> dict[str, Any]:
+    """Settings for models in which a trigger was found.
+
+    Stand-ins that imitate it are at hand, so no more are taught than work. Warps join where one stood out.
+    """
+    warps = any(kind == "warp" for kind, _ in found.standing_out)
+    return {
+        "stand_ins": "all" if warps else "mixed",
+        "adversarial_share": 0.6 if warps else 0.4,
+        "in_proportion": True,
+        "steps": 300,
+    }
 
 
 def verdict(
