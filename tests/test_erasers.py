@@ -18,6 +18,7 @@ from unplant.journal import Journal
 from unplant.models import build
 
 QUICK = {
+    "examination": 2,
     "initial": "random",
     "steps": 2,
     "clean_steps": 2,
@@ -166,7 +167,8 @@ class TestContract:
             config, seed = quick(method), torch.Generator().manual_seed(0)
             with pytest.raises(InterruptedError):
                 method.run(model, data, config, generator=seed, progress=stop, journal=journal)
-            assert any((tmp_path / str(cut)).iterdir()), "nothing was written down: this eraser can't go on"
+            if told[cut][0] != "looking for a trigger":  # which is no training, and done again
+                assert any((tmp_path / str(cut)).iterdir()), "nothing was written down: this eraser can't go on"
             again = method.run(model, data, config, generator=torch.Generator().manual_seed(0), journal=journal)
             assert all(torch.equal(whole[key], value) for key, value in again.model.state_dict().items())
 

@@ -61,8 +61,11 @@ def test_a_backdoor_stands_out_with_its_kind_and_target():
     found = look(model, data)
     assert found.standing_out == [("patch", 2)]
     assert found.rates["patch"][2] > 0.95
-    assert found.obedience(model, "patch", 2) == pytest.approx(float(found.rates["patch"][2]), abs=1e-6)
-    assert found.obedience(Rows(), "patch", 2) < 0.2
+    assert found.obedience(model, "patch", [2, 0]).tolist() == pytest.approx(found.rates["patch"][[2, 0]].tolist())
+    assert found.obedience(Rows(), "patch", [2]) < 0.2
+    others = data.pixels(slice(None))[data.labels != 2]
+    moved = found.kinds["patch"].apply(others, torch.full((len(others),), 2))
+    assert (model(moved).argmax(1) == 2).float().mean() == pytest.approx(float(found.rates["patch"][2]), abs=0.05)
 
 
 def test_two_backdoors_stand_out_both():

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.classifier import device_of, frozen
-from unplant.detection.inverted import TRIED, Inverted, examination_steps, invert
+from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first
 from unplant.devices import autocast
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
@@ -103,7 +103,7 @@ class AFTConfig(AdversarialConfig):
     def passes_of_examination(self, data: LabeledImages) -> float:
         """The cost of the look for a trigger; a forward pass alone counts as a third."""
         steps = examination_steps(self.examination, data.num_classes)
-        tried = min(TRIED, len(data) - len(data) // 2) * data.num_classes / 3
+        tried = min(tried_first(data.num_classes), len(data) - len(data) // 2) * data.num_classes / 3
         batch = min(self.batch_size, len(data) // 2)
         return round(len(SHARED) * (steps * batch + tried) / len(data), 2)
 
@@ -289,7 +289,7 @@ def verdict(
         targets=tuple(dict.fromkeys(target for _, target in pairs)),
         by="inversion",
         trigger_before=float(found.rates[kind][target]),
-        trigger_after=max(found.obedience(purified, *pair, config.precision) for pair in pairs),
+        trigger_after=max(float(found.obedience(purified, kind, [k], config.precision)) for kind, k in pairs),
     )
     return said, trigger
 
