@@ -378,6 +378,31 @@ def test_the_verdict_is_said_in_words():
     assert len(verdict(dataclasses.replace(found, targets=tuple(range(30))), [f"c{k}" for k in range(30)])[0]) < 250
 
 
+def test_what_was_found_in_the_model_itself_is_said_in_other_words():
+    found = Findings(True, (2,), "inversion", trigger_before=0.99, trigger_after=0.02)
+    assert verdict(found, ("ant", "bee", "cat")) == [
+        "Verdict: infected. Target label: cat; estimated ASR that is left 2.0 %.",
+        "A trigger inverted from the infected model changes its mind on 99.0 % of other images, the purified "
+        "model's on 2.0 %.",
+    ]
+    (nothing,) = verdict(Findings(False, (), "inversion"), ("ant", "bee", "cat"))
+    assert nothing.startswith("Verdict: no trigger found.")
+    assert "would look the same" in nothing
+
+
+@pytest.mark.slow
+def test_aft_names_the_target_of_an_infected_model_and_shows_the_trigger(capsys, tmp_path):
+    planted = ["plant", "digits:train", "--attack", "badnets", "--target", 3, "--test", "digits:test"]
+    assert call(capsys, *planted, "--set", "epochs=10", "-o", tmp_path / "infected")[0] == 0
+    erase = ["erase", tmp_path / "infected", "--clean", "digits:train", "--max-images", 100, "--set", "steps=20"]
+    code, out, _ = call(capsys, *erase, "--seed", 1, "-o", tmp_path / "out", "--json")
+    said = json.loads(out)["findings"]
+    assert (code, said["infected"], said["targets"], said["by"]) == (0, True, [3], "inversion")
+    assert said["trigger_before"] >= 0.9
+    assert said["poisoning_rate"] is None
+    assert (tmp_path / "out" / "trigger.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_methods_lists_every_setting_with_its_default(capsys):
     code, out, _ = call(capsys, "methods", "--json")
     assert code == 0
