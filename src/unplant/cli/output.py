@@ -76,7 +76,7 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
     if not found.infected and found.by == "inversion":
         return [
             "Verdict: no trigger found. No patch, shift or warp takes most images to one class; triggers of another "
-            "kind, or of each image's own, would look the same, so the model was fine-tuned against all of them."
+            "kind, or of each image's own, would look the same, so the model was fine-tuned all the same."
         ]
     if not found.infected:
         return [
