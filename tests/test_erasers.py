@@ -10,7 +10,7 @@ import unplant
 from unplant.classifier import Classifier
 from unplant.erasers import erasers
 from unplant.erasers.base import Method, settle
-from unplant.erasers.pbe import Run
+from unplant.erasers.pbe_run import Run
 from unplant.erasers.selection import Lesson
 from unplant.errors import DataError, NumericalError, UsageError
 from unplant.images import LabeledImages

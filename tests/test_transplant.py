@@ -8,8 +8,10 @@ from torch import nn
 
 from unplant.detection.clusters import Split
 from unplant.detection.transplant import (
+    Recovered,
     answers,
     carriers,
+    favoured_classes,
     obedience,
     recovered_trigger,
     transplant,
@@ -155,7 +157,7 @@ def test_the_trigger_is_recovered_only_if_the_model_obeys_it(poisoned_set):
     found = recovered_trigger(Obeys(), data, group, clean, contents, "float32")
     assert found is not None
     others = data.select(clean & (data.labels > 0))
-    assert (answers(Obeys(), others, found) == 0).all()
+    assert (answers(Obeys(), others, found.change) == 0).all()
     assert obedience(Obeys(), data, clean, torch.tensor([0]), found, "float32") == 1.0
 
     class Ignores(Obeys):
@@ -168,6 +170,55 @@ def test_the_trigger_is_recovered_only_if_the_model_obeys_it(poisoned_set):
     nobody = torch.zeros_like(group)
     assert recovered_trigger(Obeys(), data, nobody, clean, contents, "float32") is None
     assert recovered_trigger(Obeys(), data, group, nobody, contents, "float32") is None
+
+
+class ObeysOn1(Obeys):
+    """The same, but the corner works on images of class 1 only."""
+
+    def forward(self, pixels):
+        content = shown(pixels)
+        labels = torch.where((pixels[:, 0, 5:, 5:].mean((1, 2)) > 0.9) & (content == 1), 0, content)
+        return torch.nn.functional.one_hot(labels, 4).float() * 9
+
+
+def test_a_trigger_for_one_class_is_recovered_and_its_source_named(poisoned_set):
+    data, _ = poisoned_set
+    contents = shown(data.pixels())
+    group = (contents == 1) & ((contents == 1).cumsum(0) <= 30)
+    images = data.images.clone()
+    images[:, :, 5:, 5:] = 100
+    clean = LabeledImages(images, contents.masked_fill(group, 0), data.classes)
+    data = with_change(clean, group, patch)
+    found = recovered_trigger(ObeysOn1(), data, group, ~group, contents, "float32")
+    assert found is not None
+    assert found.sources == (1,)
+    wanted = torch.tensor([0])
+    assert obedience(ObeysOn1(), data, ~group, wanted, found, "float32") == 1.0
+    assert obedience(ObeysOn1(), data, ~group, wanted, Recovered(found.change), "float32") < 0.5
+    # A trigger that works on all classes is no trigger for one, whatever the suspects show.
+    anywhere = recovered_trigger(Obeys(), data, group, ~group, contents, "float32")
+    assert anywhere is not None
+    assert anywhere.sources == ()
+    # Suspects that show all classes alike point to none.
+    alike = (contents > 0) & ((contents > 0).cumsum(0) <= 90)
+    spread = with_change(LabeledImages(images, contents.masked_fill(alike, 0), data.classes), alike, patch)
+    assert recovered_trigger(ObeysOn1(), spread, alike, ~alike, contents, "float32") is None
+
+
+@pytest.mark.parametrize(
+    ("shown_by_suspects", "favoured"),
+    [
+        ((1, 1, 1, 1, 1, 1, 1, 1, 1, 2), (1,)),  # one class
+        ((1, 1, 1, 1, 1, 2, 2, 2, 2, 2), (1, 2)),  # two of four, twice as often each as in D_ext
+        ((1, 1, 1, 2, 2, 2, 3, 3, 3, 3), ()),  # all but the target
+        ((0, 0, 1, 1, 2, 2, 2, 2, 3, 3), ()),  # one a little oftener
+        ((1, 1, 1, 1, 1, 0, 2, 3, 0, 2), ()),  # half of them: not most
+    ],
+)
+def test_which_classes_the_suspects_favour(shown_by_suspects, favoured):
+    contents = torch.tensor(shown_by_suspects + (0, 1, 2, 3) * 10)
+    suspects = torch.arange(50) < 10
+    assert favoured_classes(contents, suspects, ~suspects, 4) == favoured
 
 
 def test_copies_carry_the_trigger_and_keep_their_labels(poisoned_set, generator):

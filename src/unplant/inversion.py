@@ -4,9 +4,10 @@ Per-image examples (`unplant.adversarial`) spend each image's own weak spots; a 
 A model that holds a backdoor gives in to a small shared perturbation towards its target sooner than to others.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,29 @@ MEMORY = 0.9
 """What each further image leaves of the running mean that `rates` are."""
 
 
-class Shared(Protocol):
+class Shared(ABC):
     """Perturbations of which each class has one, for all images."""
 
     rates: Tensor
     """(K,): share of the images lately pulled to each class that went there; 1 before any was."""
 
+    learnt: ClassVar[tuple[str, ...]]
+    """The tensors that are learnt."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was learnt."""
+        return {name: getattr(self, name) for name in self.learnt}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes back to that."""
+        for name in self.learnt:
+            setattr(self, name, state[name])
+
+    @abstractmethod
     def apply(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """Pixels (N, C, H, W) in [0, 1], each with the perturbation of its target; a new tensor in [0, 1]."""
-        ...
 
+    @abstractmethod
     def improve(self, model: nn.Module, pixels: Tensor, targets: Tensor, *, steps: int, step_size: float) -> None:
         """Gradient steps that make each target likelier on the images that have it, and their part of `rates`.
 
@@ -41,11 +55,10 @@ class Shared(Protocol):
             steps: each costs one forward and one backward pass an image.
             step_size: length of a step, as a share of the perturbation's range in a pixel.
         """
-        ...
 
 
 @dataclass
-class Patches:
+class Patches(Shared):
     """Sparse perturbations: `(1 - mask) * x + mask * pattern`, with at most `area` of the pixels covered.
 
     The parametrisation is that of Neural Cleanse (Wang et al., IEEE S&P 2019, eq. 2). The size of a mask is a limit
@@ -59,6 +72,7 @@ class Patches:
         area: largest share of the pixels, in (0, 1].
     """
 
+    learnt = ("masks", "patterns", "rates")
     masks: Tensor
     patterns: Tensor
     rates: Tensor
@@ -77,14 +91,6 @@ class Patches:
         patterns = torch.rand((classes, channels, height, width), generator=generator)
         return cls(torch.full((classes, 1, height, width), area), patterns, torch.ones(classes), area)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that was learnt."""
-        return {"masks": self.masks, "patterns": self.patterns, "rates": self.rates}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes back to that."""
-        self.masks, self.patterns, self.rates = state["masks"], state["patterns"], state["rates"]
-
     def apply(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """See `Shared`."""
         mask, pattern = self.masks.to(pixels.device)[targets], self.patterns.to(pixels.device)[targets]
@@ -101,7 +107,7 @@ class Patches:
 
 
 @dataclass
-class Shifts:
+class Shifts(Shared):
     """Universal L∞ perturbations: `clip(x + shift)` (Moosavi-Dezfooli et al., CVPR 2017, arXiv:1610.08401).
 
     Attributes:
@@ -110,6 +116,7 @@ class Shifts:
         eps: radius of the L∞ ball, in pixel units.
     """
 
+    learnt = ("shifts", "rates")
     shifts: Tensor
     rates: Tensor
     eps: float
@@ -126,14 +133,6 @@ class Shifts:
         start = torch.rand((classes, *shape), generator=generator) * 2 - 1
         return cls(start * eps, torch.ones(classes), eps)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that was learnt."""
-        return {"shifts": self.shifts, "rates": self.rates}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes back to that."""
-        self.shifts, self.rates = state["shifts"], state["rates"]
-
     def apply(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """See `Shared`."""
         return (pixels + self.shifts.to(pixels.device)[targets]).clamp(0, 1)
@@ -146,7 +145,7 @@ class Shifts:
 
 
 @dataclass
-class Warps:
+class Warps(Shared):
     """Smooth displacements: each pixel is read a little to the side, as a control grid says.
 
     The family that WaNet's trigger is of (Nguyen and Tran, ICLR 2021, arXiv:2102.10369, equations 3 to 5).
@@ -158,6 +157,7 @@ class Warps:
         reach: longest displacement along either axis, in pixels.
     """
 
+    learnt = ("flows", "rates")
     flows: Tensor
     rates: Tensor
     reach: float
@@ -173,14 +173,6 @@ class Warps:
             raise UsageError(f"the reach of a warp must be a length in pixels, got {reach:g}")
         start = torch.rand((classes, 2, grid, grid), generator=generator) - 0.5
         return cls(start * reach, torch.ones(classes), reach)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that was learnt."""
-        return {"flows": self.flows, "rates": self.rates}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes back to that."""
-        self.flows, self.rates = state["flows"], state["rates"]
 
     def apply(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """See `Shared`. Bilinear between pixels; beyond the edge lies the edge."""
@@ -208,9 +200,9 @@ def new_perturbations(
     eps: float,
     reach: float,
     generator: torch.Generator,
-) -> dict[str, Patches | Shifts | Warps]:
+) -> dict[str, Shared]:
     """Perturbations of each kind that is named: `patch`, `universal`, `warp`, in this order."""
-    made: dict[str, Patches | Shifts | Warps] = {}
+    made: dict[str, Shared] = {}
     if "patch" in kinds:
         made["patch"] = Patches.new(classes, shape, area, generator)
     if "universal" in kinds:

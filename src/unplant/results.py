@@ -28,6 +28,7 @@ class Findings:
         trigger_before: where the suspects have a trigger in common that works on other images, or one was inverted:
             share of other images in which the infected model obeys it; None where none could be recovered.
         trigger_after: share in which the purified model does.
+        sources: the classes on whose images alone the recovered trigger was seen to work; empty: on any.
     """
 
     infected: bool
@@ -39,6 +40,7 @@ class Findings:
     asr_left_upper: float | None = None
     trigger_before: float | None = None
     trigger_after: float | None = None
+    sources: tuple[int, ...] = ()
 
     @property
     def asr_estimate(self) -> float | None:
@@ -50,7 +52,11 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
-        return asdict(self) | {"targets": list(self.targets), "asr_estimate": self.asr_estimate}
+        return asdict(self) | {
+            "targets": list(self.targets),
+            "sources": list(self.sources),
+            "asr_estimate": self.asr_estimate,
+        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,6 +71,12 @@ def percent(value: float | None) -> str:
     return "unknown" if value is None else f"{100 * value:.1f} %"
 
 
+def listed(labels: Sequence[int], classes: Sequence[str]) -> str:
+    """Names of classes, ten at most."""
+    more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
+    return ", ".join(classes[label] for label in labels[:10]) + more
+
+
 def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
     """What a run found out about the backdoor, in sentences."""
     if not found.infected and found.by == "inversion":
@@ -83,11 +89,10 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
             "Verdict: no backdoor found. No class holds a group of images that hang on their label by a trigger; "
             "an attack made to leave no such group would look the same."
         ]
-    names = [classes[label] for label in found.targets]
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    targets = listed(found.targets, classes)
     rate = f"estimated poisoning rate {percent(found.poisoning_rate)}, " if found.poisoning_rate is not None else ""
     lines = [
-        f"Verdict: infected. Target {'label' if len(names) == 1 else 'labels'}: {', '.join(names[:10])}{more}; "
+        f"Verdict: infected. Target {'label' if len(found.targets) == 1 else 'labels'}: {targets}; "
         f"{rate}estimated ASR that is left {percent(found.asr_estimate)}."
     ]
     if found.by == "inversion":
@@ -97,9 +102,10 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
             f"{percent(found.trigger_before)} of other images, the purified model's on {percent(found.trigger_after)}.",
         ]
     if found.trigger_before is not None:
+        images = f"images of {listed(found.sources, classes)} only" if found.sources else "other images"
         lines.append(
             "A trigger recovered from the suspects changes the infected model's mind on "
-            f"{percent(found.trigger_before)} of other images, the purified model's on {percent(found.trigger_after)}."
+            f"{percent(found.trigger_before)} of {images}, the purified model's on {percent(found.trigger_after)}."
         )
     if found.witnesses:
         lines.append(

@@ -19,6 +19,9 @@ ENOUGH = 4000
 OBEYED = 0.5
 """Share of other images that must get the group's label for the transplant to count as a trigger."""
 
+FAVOURED = 2
+"""How much more often than D_ext the suspects must show a class that their trigger may be made for."""
+
 TEMPLATE = 0.3
 """Where an ordinary class's own moments make the model see that class in more images than that, the test says nothing:
 images are aligned so well, as digits are, that the mean of a class is an image of it."""
@@ -125,13 +128,26 @@ def carriers(model: nn.Module, data: LabeledImages, split: Split, precision: Pre
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """A transplant that works as a trigger.
+
+    Attributes:
+        change: puts it on images.
+        sources: the classes on whose images alone it was seen to work (TaCT); empty: on images of any.
+    """
+
+    change: Transplant
+    sources: tuple[int, ...] = ()
+
+
 def recovered_trigger(
     infected: nn.Module, data: LabeledImages, suspects: Tensor, extra: Tensor, contents: Tensor, precision: Precision
-) -> Transplant | None:
+) -> Recovered | None:
     """What the suspects have in common, if it works as a trigger: made visible, and usable with true labels.
 
     It counts as one if the infected model, shown it on images of D_ext, gives most of them a label that suspects have
-    and that isn't theirs.
+    and that isn't theirs. A trigger for images of some classes only is tried on those, if the suspects give them away.
 
     Args:
         infected: θ₀.
@@ -141,23 +157,39 @@ def recovered_trigger(
         contents: int64 (N,), what each image is thought to show.
         precision: of the infected model's answers.
     """
-    wanted = data.labels[suspects].unique()
-    if not len(wanted) or not (extra & ~suspects).any():
+    wanted, trusted = data.labels[suspects].unique(), extra & ~suspects
+    if not len(wanted) or not trusted.any():
         return None
-    change = transplant(data, suspects, extra & ~suspects, contents)
-    return change if obedience(infected, data, extra & ~suspects, wanted, change, precision) > OBEYED else None
+    change = transplant(data, suspects, trusted, contents)
+    for sources in dict.fromkeys(((), favoured_classes(contents, suspects, trusted, data.num_classes))):
+        found = Recovered(change, sources)
+        if obedience(infected, data, trusted, wanted, found, precision) > OBEYED:
+            return found
+    return None
+
+
+def favoured_classes(contents: Tensor, suspects: Tensor, trusted: Tensor, num_classes: int) -> tuple[int, ...]:
+    """Classes that suspects show `FAVOURED` times as often as D_ext does, if most suspects show one of these."""
+    here, there = (torch.bincount(contents[part], minlength=num_classes) / part.sum() for part in (suspects, trusted))
+    favoured = (here > 0) & (here >= FAVOURED * there)
+    return tuple(favoured.nonzero().flatten().tolist()) if here[favoured].sum() > 0.5 else ()
 
 
 def obedience(
-    model: nn.Module, data: LabeledImages, extra: Tensor, wanted: Tensor, change: Transplant, precision: Precision
+    model: nn.Module, data: LabeledImages, extra: Tensor, wanted: Tensor, trigger: Recovered, precision: Precision
 ) -> float:
-    """Share of (at most 500) images of D_ext that get another label than theirs, one of those wanted, when changed."""
+    """Share of (at most 500) images of D_ext that get another label than theirs, one of those wanted, by the trigger.
+
+    Of D_ext only classes count on which the trigger works, and not the wanted one, if it is one.
+    """
+    if trigger.sources:
+        extra = extra & torch.isin(data.labels, torch.tensor(trigger.sources))
     part = data.select(extra).sample(500, torch.Generator().manual_seed(0))
     if len(wanted) == 1:
         part = part.select(part.labels != wanted)
     if not len(part):
         return 0.0
-    given = answers(model, part, change, precision)
+    given = answers(model, part, trigger.change, precision)
     return float(((given != part.labels) & torch.isin(given, wanted)).float().mean())
 
 

@@ -21,7 +21,7 @@ from unplant.erasers.base import Method, erasers
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.errors import UsageError
 from unplant.images import EndlessBatches, LabeledImages
-from unplant.inversion import Patches, Shared, Shifts, Warps, choose_targets, new_perturbations
+from unplant.inversion import Shared, choose_targets, new_perturbations
 from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Findings, Progress
@@ -110,7 +110,7 @@ class AFTConfig(AdversarialConfig):
 
 def perturbations(
     config: AFTConfig, data: LabeledImages, kinds: tuple[str, ...], generator: torch.Generator
-) -> dict[str, Patches | Shifts | Warps]:
+) -> dict[str, Shared]:
     """Fresh ones of these kinds, of the sizes that the config says."""
     if config.universal_eps is None or config.warp_reach is None:
         raise UsageError("shared stand-ins need a universal_eps and a warp_reach; aft settles them")
@@ -120,7 +120,7 @@ def perturbations(
 
 def shared_stand_ins(
     infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
-) -> tuple[Change, list[Patches | Shifts | Warps]]:
+) -> tuple[Change, list[Shared]]:
     """Step 1 with perturbations that many images share, as they share a trigger: one a class of each kind.
 
     They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as

@@ -33,6 +33,7 @@ def findings(
     labels: Tensor,
     obeyed: Sequence[float | None],
     kin: Tensor,
+    sources: tuple[int, ...] = (),
 ) -> Findings:
     """What the suspects say about the backdoor, and the witnesses about what is left of it.
 
@@ -45,6 +46,7 @@ def findings(
         obeyed: how far the infected and the purified model obey the recovered trigger.
         kin: bool (N,), images that were found out by their likeness to the suspects. They aren't heard: that the
             purified model gives them another label is why they were.
+        sources: the classes on whose images alone the recovered trigger works.
     """
     counts = torch.bincount(labels[suspects & left_out], minlength=after.shape[1])
     targets = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
@@ -58,6 +60,7 @@ def findings(
         asr_left_upper=metrics.upper_bound(int(obeying.sum()), len(obeying)),
         trigger_before=obeyed[0],
         trigger_after=obeyed[1],
+        sources=sources,
     )
 
 

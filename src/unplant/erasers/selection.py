@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unplant.detection.transplant import Transplant
+from unplant.detection.transplant import Recovered
 from unplant.images import LabeledImages
 
 FLOOR = 0.05
@@ -117,7 +117,7 @@ class Lesson:
 
     images: Tensor
     labels: Tensor
-    trigger: Transplant | None = None
+    trigger: Recovered | None = None
 
 
 def next_lesson(

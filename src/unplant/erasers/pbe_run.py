@@ -1,0 +1,184 @@
+"""What one run of PBE holds fast while `pbe.py` goes through Algorithm 1, and what it writes down."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unplant.classifier import activations, logits
+from unplant.detection.clusters import outweighing, split_classes
+from unplant.detection.kinship import kin_of_suspects
+from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
+from unplant.erasers.examination import Examination, cross_examine, findings, retrial
+from unplant.erasers.selection import Lesson, drop_score, next_lesson, shared_suspicion, step_three
+from unplant.erasers.steps import adversarial_fine_tuning
+from unplant.images import LabeledImages
+from unplant.journal import NOTHING, Journal
+from unplant.results import Erasure, Progress
+from unplant.training import steps_of
+
+if TYPE_CHECKING:
+    from unplant.erasers.pbe import PBEConfig
+
+
+class Run:
+    """One run of PBE.
+
+    Attributes:
+        config: settings, nothing left open.
+        steps: adversarial steps a round.
+        final_steps: steps of the ending.
+        before: float (N, K), logits of θ₀.
+        nobody: bool (N,), all false.
+        left_out: bool (N,), groups that hang on their label.
+        own_label: bool (N,), those of them whose label is theirs by right.
+        witnesses: bool (N,), images that are never taught under new labels.
+        relabelled: bool (N,), images that were.
+        rounds: see `Erasure`.
+        extra_sets: see `Erasure`.
+        layers: features (N, D) of θ₀ at several depths.
+    """
+
+    def __init__(
+        self,
+        infected: nn.Module,
+        data: LabeledImages,
+        config: "PBEConfig",
+        generator: torch.Generator,
+        progress: Progress | None,
+        journal: Journal = NOTHING,
+    ) -> None:
+        self.infected, self.data, self.config = infected, data, config
+        self.generator = generator
+        self.around = {"generator": generator, "progress": progress, "journal": journal}
+        epoch = steps_of(1, data, config.batch_size)
+        self.steps = max(50, epoch // 2) if config.steps is None else config.steps
+        self.final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
+        self.before = self.outputs(infected)
+        self.nobody = torch.zeros(len(data), dtype=torch.bool)
+        self.left_out = self.own_label = self.nobody
+        self.witnesses = torch.rand(len(data), generator=generator) < config.witnesses
+        self.relabelled = self.nobody
+        self.rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
+        self.extra_sets: list[Tensor] = []
+        self.layers: list[Tensor] = []
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """Its logits (N, K) on D."""
+        return logits(model, self.data, precision=self.config.precision)
+
+    def learn(self, start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
+        """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
+        chosen = self.data.relabel(lesson.labels).select(lesson.images)
+        if lesson.trigger is not None:
+            chosen = with_trigger(chosen, lesson.trigger.change, self.config.transplants, self.generator)
+        settings = self.config.but(adversarial_share=adversarial_share)
+        own = lesson.labels == self.data.labels
+        self.extra_sets.append(lesson.images & own)
+        self.relabelled = self.relabelled | (lesson.images & ~own)
+        self.rounds.append(
+            {
+                "step": title,
+                "images": len(chosen),
+                "steps": steps,
+                "passes": settings.passes(steps, self.data),
+                "trigger": lesson.trigger is not None,
+            }
+        )
+        return adversarial_fine_tuning(start, chosen, settings, steps=steps, title=title, **self.around)
+
+    def steps_of_round(self, number: int, lesson: Lesson) -> tuple[int, int]:
+        """Adversarial and plain steps: with `epochs`, a round goes on plainly after its adversarial steps."""
+        if self.config.epochs is None:
+            return self.steps, 0
+        total = steps_of(self.config.epochs, self.data.select(lesson.images), self.config.batch_size)
+        adversarial = total if number == 0 else min(self.steps, total)
+        return adversarial, total - adversarial
+
+    def examine(self) -> Examination:
+        """Groups in the features of θ₀, and what becomes of them when θ₀ is purified without them."""
+        infected, data, config = self.infected, self.data, self.config
+
+        def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
+            model = self.learn(infected, Lesson(part, data.labels), self.steps, why, config.adversarial_share)
+            return model, self.outputs(model)
+
+        self.layers = activations(infected, data, precision=config.precision)
+        many = outweighing(data.labels, data.num_classes, config.outweighs)
+        split = split_classes(self.layers, data.labels, many, least_gain=config.least_gain)
+        carrying = carriers(infected, data, split, config.precision) if config.transplants else self.nobody
+        carried = torch.bincount(data.labels[carrying], minlength=data.num_classes)
+        self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
+        found = cross_examine(
+            split,
+            carrying,
+            infected,
+            self.before,
+            data.labels,
+            purify,
+            balanced=config.balanced,
+            many=many,
+            fallen=config.fallen,
+        )
+        self.rounds.append({"step": "examined", **found.to_json(data.labels)})
+        return found
+
+    def shared(self, score: Tensor) -> Tensor:
+        """Suspicion (N,), shared within groups; a group that carries a trigger is suspect whatever it lost."""
+        return shared_suspicion(score, self.data.labels, self.left_out).masked_fill(self.own_label, 1.0)
+
+    def agreement(self, suspicion: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """D_ext and suspects, see `step_three`."""
+        limits = {"clean_below": self.config.clean_below, "suspect_above": self.config.suspect_above}
+        strictly = self.left_out if self.config.strict else self.nobody
+        return step_three(suspicion, after, self.data.labels, strictly, **limits)
+
+    def kin(self, suspects: Tensor, trusted: Tensor, after: Tensor) -> Tensor:
+        """Undecided images of classes that lost a group which take after their suspects, bool (N,)."""
+        labels = self.data.labels
+        marked = torch.zeros(after.shape[1], dtype=torch.bool).index_fill_(0, labels[suspects & self.left_out], True)
+        undecided = marked[labels] & ~suspects & ~trusted
+        if not self.config.kinship or not undecided.any():
+            return self.nobody
+        return kin_of_suspects(self.layers, after, labels, suspects, trusted, undecided)
+
+    def lesson(self, extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
+        """D_ext; the suspects are in it by their trigger if that can be recovered, else under new labels."""
+        data, config = self.data, self.config
+        taught = ~self.witnesses & ~self.own_label if config.relabel else self.nobody
+        lesson = next_lesson(extra, suspects, after, data.labels, taught=taught, sure_above=config.sure_above)
+        if not config.transplants:
+            return lesson
+        contents = torch.where(self.own_label, data.labels, lesson.labels)
+        trigger = recovered_trigger(self.infected, data, suspects, extra, contents, config.precision)
+        return lesson if trigger is None else Lesson(extra & ~suspects, data.labels, trigger)
+
+    def erasure(
+        self, purified: nn.Module, suspicion: Tensor, suspects: Tensor, after: Tensor, lesson: Lesson | None = None
+    ) -> Erasure:
+        """The result; the suspects have their retrial, and the witnesses are heard."""
+        if self.config.initial == "random":
+            return Erasure(purified, suspicion, suspects, self.rounds, self.extra_sets)
+        data, heard = self.data, ~self.own_label
+        if self.relabelled.any():
+            heard = heard & self.witnesses
+        if self.config.retrial:
+            suspects = retrial(suspects, heard, after, data.labels)
+        if not (suspects & self.left_out).any():  # nothing found, or all cleared: a clean model stays as it was
+            purified, suspects, after, lesson = copy.deepcopy(self.infected), self.nobody, self.before, None
+        kin = self.nobody
+        if lesson is not None:
+            kin = self.kin(suspects, lesson.images & (lesson.labels == data.labels), after)
+            suspicion = torch.where(kin, drop_score(self.before, after, data.labels), suspicion)
+        obeyed: list[float | None] = [None, None]
+        trigger = lesson.trigger if lesson is not None else None
+        change, sources = (trigger.change, trigger.sources) if trigger is not None else (None, ())
+        if lesson is not None and trigger is not None:
+            targets = data.labels[suspects].unique()
+            obeyed = [
+                obedience(model, data, lesson.images, targets, trigger, self.config.precision)
+                for model in (self.infected, purified)
+            ]
+        said = findings(suspects, self.left_out, heard, after, data.labels, obeyed, kin, sources)
+        return Erasure(purified, suspicion, suspects | kin, self.rounds, self.extra_sets, said, change)
