@@ -28,8 +28,7 @@ def main() -> None:
 
     @functools.cache
     def never_infected() -> tuple[nn.Module, bool]:
-        (model, _), cached = train_cached(here.data, here.arch, here.training, seed=here.seed, folder=here.cache)
-        return model, cached
+        return train_cached(here.data, here.arch, here.training, seed=here.seed, folder=here.cache)
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
         start = time.monotonic()

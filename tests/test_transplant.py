@@ -10,8 +10,8 @@ from unplant.detection.clusters import Split
 from unplant.detection.transplant import (
     Recovered,
     answers,
+    by_class,
     carriers,
-    favoured_classes,
     obedience,
     recovered_trigger,
     transplant,
@@ -127,13 +127,13 @@ def split_of(minor, label) -> Split:
 def test_the_side_that_carries_the_trigger_is_found(poisoned_set, poison_is):
     data, group = poisoned_set
     minor = group if poison_is == "minor" else (data.labels == 0) & ~group
-    assert torch.equal(carriers(Obeys(), data, split_of(minor, 0)), group)
+    assert torch.equal(carriers(Obeys(), data, split_of(minor, 0), shown(data.pixels())), group)
 
 
 def test_a_natural_group_carries_nothing(poisoned_set):
     data, _ = poisoned_set
     minor = (data.labels == 1) & (torch.arange(400) % 3 == 0)
-    assert not carriers(Obeys(), data, split_of(minor, 1)).any()
+    assert not carriers(Obeys(), data, split_of(minor, 1), data.labels).any()
 
 
 def test_the_test_abstains_where_a_class_is_its_own_template(poisoned_set):
@@ -148,7 +148,7 @@ def test_the_test_abstains_where_a_class_is_its_own_template(poisoned_set):
 
     aligned = LabeledImages(images, data.labels, data.classes)
     minor = (aligned.labels == 2) & (torch.arange(400) % 2 == 0)
-    assert not carriers(Brightness(), aligned, split_of(minor, 2)).any()
+    assert not carriers(Brightness(), aligned, split_of(minor, 2), aligned.labels).any()
 
 
 def test_the_trigger_is_recovered_only_if_the_model_obeys_it(poisoned_set):
@@ -199,26 +199,30 @@ def test_a_trigger_for_one_class_is_recovered_and_its_source_named(poisoned_set)
     anywhere = recovered_trigger(Obeys(), data, group, ~group, contents, "float32")
     assert anywhere is not None
     assert anywhere.sources == ()
-    # Suspects that show all classes alike point to none.
-    alike = (contents > 0) & ((contents > 0).cumsum(0) <= 90)
-    spread = with_change(LabeledImages(images, contents.masked_fill(alike, 0), data.classes), alike, patch)
-    assert recovered_trigger(ObeysOn1(), spread, alike, ~alike, contents, "float32") is None
 
 
-@pytest.mark.parametrize(
-    ("shown_by_suspects", "favoured"),
-    [
-        ((1, 1, 1, 1, 1, 1, 1, 1, 1, 2), (1,)),  # one class
-        ((1, 1, 1, 1, 1, 2, 2, 2, 2, 2), (1, 2)),  # two of four, twice as often each as in D_ext
-        ((1, 1, 1, 2, 2, 2, 3, 3, 3, 3), ()),  # all but the target
-        ((0, 0, 1, 1, 2, 2, 2, 2, 3, 3), ()),  # one a little oftener
-        ((1, 1, 1, 1, 1, 0, 2, 3, 0, 2), ()),  # half of them: not most
-    ],
-)
-def test_which_classes_the_suspects_favour(shown_by_suspects, favoured):
-    contents = torch.tensor(shown_by_suspects + (0, 1, 2, 3) * 10)
-    suspects = torch.arange(50) < 10
-    assert favoured_classes(contents, suspects, ~suspects, 4) == favoured
+def test_a_group_with_a_trigger_for_one_class_is_found(poisoned_set):
+    data, _ = poisoned_set
+    contents = shown(data.pixels())
+    group = (contents == 1) & ((contents == 1).cumsum(0) <= 30)
+    data = with_change(LabeledImages(data.images, contents.masked_fill(group, 0), data.classes), group, patch)
+    assert torch.equal(carriers(ObeysOn1(), data, split_of(group, 0), contents), group)
+    natural = (data.labels == 2) & (torch.arange(400) % 3 == 0)
+    assert not carriers(ObeysOn1(), data, split_of(natural, 2), contents).any()
+
+
+def test_rates_by_class_equal_a_loop(poisoned_set):
+    data, group = poisoned_set
+    change, wanted = transplant(data, group, ~group), torch.tensor([0])
+    found = by_class(Obeys(), data, ~group, wanted, change, data.labels, "float32")
+    for label in (1, 2, 3):
+        mine = data.select((~group & (data.labels == label)).nonzero().flatten()[:100])
+        given = [int(answer) for answer in answers(Obeys(), mine, change)]
+        assert found[label] == pytest.approx(sum(answer == 0 for answer in given) / len(given))
+    assert set(found) == {1, 2, 3}
+    rare = ~group & ((data.labels != 3) | ((data.labels == 3).cumsum(0) <= 19))
+    assert set(by_class(Obeys(), data, rare, wanted, change, data.labels, "float32")) == {1, 2}
+    assert by_class(Obeys(), data, data.labels == 0, wanted, change, data.labels, "float32") == {}
 
 
 def test_copies_carry_the_trigger_and_keep_their_labels(poisoned_set, generator):

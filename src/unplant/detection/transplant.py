@@ -19,9 +19,6 @@ ENOUGH = 4000
 OBEYED = 0.5
 """Share of other images that must get the group's label for the transplant to count as a trigger."""
 
-FAVOURED = 2
-"""How much more often than D_ext the suspects must show a class that their trigger may be made for."""
-
 TEMPLATE = 0.3
 """Where an ordinary class's own moments make the model see that class in more images than that, the test says nothing:
 images are aligned so well, as digits are, that the mean of a class is an image of it."""
@@ -92,40 +89,65 @@ def answers(model: nn.Module, images: LabeledImages, change: Transplant, precisi
     return logits(model, changed, precision=precision).argmax(1)
 
 
-def carriers(model: nn.Module, data: LabeledImages, split: Split, precision: Precision = "float32") -> Tensor:
-    """Groups that carry a trigger that works on images of the other classes.
+def carriers(
+    model: nn.Module, data: LabeledImages, split: Split, opinion: Tensor, precision: Precision = "float32"
+) -> Tensor:
+    """Groups that carry a trigger that works on images of the other classes, or of one of them.
 
     A group's moments, against those of all other classes, are transplanted into images of other classes. If the
     model then sees the class in most of them, it isn't for their contents: ordinary classes don't pass on their label
     like that, and where they do (`TEMPLATE`), or where all groups of a class do, the test abstains. It needs no
     fine-tuning, and poisoned images that have their true label don't escape it.
 
+    Args:
+        model: the infected one.
+        data: D.
+        split: the groups.
+        opinion: int64 (N,), what the model would call each image if its label were out of the question.
+        precision: of the model's answers.
+
     Returns:
         bool (N,), the images of such groups.
     """
-    part = data.sample(500, torch.Generator().manual_seed(0))
-
-    def obeyed(group: Tensor, label: int) -> float:
-        others = part.select(part.labels != label)
-        if not len(others) or not group.any():
-            return 0.0
-        change = transplant(data, group, data.labels != label)
-        return float((answers(model, others, change, precision) == label).float().mean())
-
     found = torch.zeros(len(data), dtype=torch.bool)
     present = data.labels.unique().tolist()
     halved = [label for label in present if split.count[label] > 1]
     if not halved or len(present) < 2:
         return found
-    ordinary = torch.tensor([obeyed(data.labels == label, label) for label in present[:: max(1, len(present) // 10)]])
-    if ordinary.median() > TEMPLATE:
-        return found
+    ordinary = [
+        carried(model, data, data.labels == label, label, opinion, precision)
+        for label in present[:: max(1, len(present) // 10)]
+    ]
+    tests = [test for test in range(2) if torch.tensor([rates[test] for rates in ordinary]).median() <= TEMPLATE]
     for label in halved:
         groups = [(data.labels == label) & (split.group == number) for number in range(int(split.count[label]))]
-        carrying = [group for group in groups if obeyed(group, label) > OBEYED]
-        if len(carrying) < len(groups):
-            found |= torch.stack(carrying).any(0) if carrying else False
+        rates = [carried(model, data, group, label, opinion, precision) for group in groups]
+        for test in tests:
+            carrying = [group for group, rate in zip(groups, rates, strict=True) if rate[test] > OBEYED]
+            if 0 < len(carrying) < len(groups):
+                found |= torch.stack(carrying).any(0)
     return found
+
+
+def carried(
+    model: nn.Module,
+    data: LabeledImages,
+    group: Tensor,
+    label: int,
+    opinion: Tensor,
+    precision: Precision = "float32",
+) -> tuple[float, float]:
+    """How a group's label passes on by its moments: to images of all other classes, and of the one where it works best.
+
+    Shares in [0, 1]; see `carriers`.
+    """
+    others = data.labels != label
+    if not others.any() or not group.any():
+        return 0.0, 0.0
+    change, wanted = transplant(data, group, others), torch.tensor([label])
+    everywhere = obedience(model, data, others, wanted, Recovered(change), precision)
+    rates = by_class(model, data, others, wanted, change, opinion[group], precision)
+    return everywhere, max(rates.values(), default=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +169,7 @@ def recovered_trigger(
     """What the suspects have in common, if it works as a trigger: made visible, and usable with true labels.
 
     It counts as one if the infected model, shown it on images of D_ext, gives most of them a label that suspects have
-    and that isn't theirs. A trigger for images of some classes only is tried on those, if the suspects give them away.
+    and that isn't theirs. If it works on the images of some classes only, these are its sources.
 
     Args:
         infected: θ₀.
@@ -161,18 +183,42 @@ def recovered_trigger(
     if not len(wanted) or not trusted.any():
         return None
     change = transplant(data, suspects, trusted, contents)
-    for sources in dict.fromkeys(((), favoured_classes(contents, suspects, trusted, data.num_classes))):
-        found = Recovered(change, sources)
-        if obedience(infected, data, trusted, wanted, found, precision) > OBEYED:
-            return found
-    return None
+    if obedience(infected, data, trusted, wanted, Recovered(change), precision) > OBEYED:
+        return Recovered(change)
+    rates = by_class(infected, data, trusted, wanted, change, contents[suspects], precision)
+    sources = tuple(label for label, rate in rates.items() if rate > OBEYED)
+    return Recovered(change, sources) if sources else None
 
 
-def favoured_classes(contents: Tensor, suspects: Tensor, trusted: Tensor, num_classes: int) -> tuple[int, ...]:
-    """Classes that suspects show `FAVOURED` times as often as D_ext does, if most suspects show one of these."""
-    here, there = (torch.bincount(contents[part], minlength=num_classes) / part.sum() for part in (suspects, trusted))
-    favoured = (here > 0) & (here >= FAVOURED * there)
-    return tuple(favoured.nonzero().flatten().tolist()) if here[favoured].sum() > 0.5 else ()
+def by_class(
+    model: nn.Module,
+    data: LabeledImages,
+    extra: Tensor,
+    wanted: Tensor,
+    change: Transplant,
+    contents: Tensor,
+    precision: Precision,
+) -> dict[int, float]:
+    """Of each class, the share of (at most 100) images of D_ext to which the change gives one wanted label.
+
+    Only the ten classes most often among the contents, those of them with at least 20 images, and not the wanted one,
+    if it is one.
+    """
+    part = torch.zeros_like(extra)
+    seen = torch.bincount(contents, minlength=data.num_classes).argsort(descending=True, stable=True)[:10]
+    for label in seen.tolist():
+        places = (extra & (data.labels == label)).nonzero().flatten()
+        if len(places) >= 20 and [label] != wanted.tolist():
+            part[places[:: max(1, len(places) // 100)][:100]] = True
+    if not part.any():
+        return {}
+    images = data.select(part)
+    given = answers(model, images, change, precision)
+    moved = torch.isin(given, wanted) & (given != images.labels)
+    pairs = torch.bincount(images.labels[moved] * data.num_classes + given[moved], minlength=data.num_classes**2)
+    counts = torch.bincount(images.labels, minlength=data.num_classes)
+    rates = pairs.view(data.num_classes, -1).amax(1) / counts.clamp(min=1)
+    return {label: float(rates[label]) for label in counts.nonzero().flatten().tolist()}
 
 
 def obedience(

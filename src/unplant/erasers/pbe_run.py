@@ -11,7 +11,14 @@ from unplant.detection.clusters import outweighing, split_classes
 from unplant.detection.kinship import kin_of_suspects
 from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
 from unplant.erasers.examination import Examination, cross_examine, findings, retrial
-from unplant.erasers.selection import Lesson, drop_score, next_lesson, shared_suspicion, step_three
+from unplant.erasers.selection import (
+    Lesson,
+    drop_score,
+    next_lesson,
+    second_opinion,
+    shared_suspicion,
+    step_three,
+)
 from unplant.erasers.steps import adversarial_fine_tuning
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
@@ -107,7 +114,10 @@ class Run:
         self.layers = activations(infected, data, precision=config.precision)
         many = outweighing(data.labels, data.num_classes, config.outweighs)
         split = split_classes(self.layers, data.labels, many, least_gain=config.least_gain)
-        carrying = carriers(infected, data, split, config.precision) if config.transplants else self.nobody
+        carrying = self.nobody
+        if config.transplants:
+            opinion, _ = second_opinion(self.before, data.labels, 0.0)
+            carrying = carriers(infected, data, split, opinion, config.precision)
         carried = torch.bincount(data.labels[carrying], minlength=data.num_classes)
         self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
         found = cross_examine(
