@@ -53,6 +53,17 @@ def test_the_recovered_trigger_is_the_trigger(demo):
     assert float(likeness) > 0.7
 
 
+def test_a_trigger_for_one_class_is_erased_and_its_source_named():
+    tact = run_demo("tact", seed=0)
+    assert tact.before.asr >= 0.95
+    assert tact.after.asr <= 0.03
+    assert tact.after.ra >= 0.9 * tact.after.acc
+    said = tact.erasure.findings
+    assert (said.targets, said.sources) == ((0,), (1,))
+    assert said.trigger_before > 0.5 > said.trigger_after
+    assert tact.suspects["f1"] >= 0.9
+
+
 def test_plain_fine_tuning_would_not_have_done_it(demo):
     """The control: as many images as AFT would get, 5 % of the training set and all of them truly clean."""
     method = erasers["fine_tune"]

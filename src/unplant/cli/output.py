@@ -102,10 +102,11 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
             f"{percent(found.trigger_before)} of other images, the purified model's on {percent(found.trigger_after)}.",
         ]
     if found.trigger_before is not None:
-        images = f"images of {listed(found.sources, classes)} only" if found.sources else "other images"
+        alone = f" It works on images of {listed(found.sources, classes)} alone." if found.sources else ""
         lines.append(
             "A trigger recovered from the suspects changes the infected model's mind on "
-            f"{percent(found.trigger_before)} of {images}, the purified model's on {percent(found.trigger_after)}."
+            f"{percent(found.trigger_before)} of other images, the purified model's on {percent(found.trigger_after)}."
+            f"{alone}"
         )
     if found.witnesses:
         lines.append(
