@@ -19,6 +19,10 @@ ENOUGH = 4000
 OBEYED = 0.5
 """Share of other images that must get the group's label for the transplant to count as a trigger."""
 
+OBEYED_BY_CLASS = 0.9
+"""The same of the images of one class, for a trigger that works on some classes only. On CIFAR-10 a natural group of
+deer makes deer of 79 % of the images of another class."""
+
 TEMPLATE = 0.3
 """Where an ordinary class's own moments make the model see that class in more images than that, the test says nothing:
 images are aligned so well, as digits are, that the mean of a class is an image of it."""
@@ -91,7 +95,7 @@ def answers(model: nn.Module, images: LabeledImages, change: Transplant, precisi
 
 def carriers(
     model: nn.Module, data: LabeledImages, split: Split, opinion: Tensor, precision: Precision = "float32"
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Groups that carry a trigger that works on images of the other classes, or of one of them.
 
     A group's moments, against those of all other classes, are transplanted into images of other classes. If the
@@ -107,13 +111,13 @@ def carriers(
         precision: of the model's answers.
 
     Returns:
-        bool (N,), the images of such groups.
+        Bool (N,) each: the images of groups whose trigger works on all classes' images, and on one class's.
     """
-    found = torch.zeros(len(data), dtype=torch.bool)
+    found = torch.zeros(2, len(data), dtype=torch.bool)
     present = data.labels.unique().tolist()
     halved = [label for label in present if split.count[label] > 1]
     if not halved or len(present) < 2:
-        return found
+        return found[0], found[1]
     ordinary = [
         carried(model, data, data.labels == label, label, opinion, precision)
         for label in present[:: max(1, len(present) // 10)]
@@ -123,10 +127,12 @@ def carriers(
         groups = [(data.labels == label) & (split.group == number) for number in range(int(split.count[label]))]
         rates = [carried(model, data, group, label, opinion, precision) for group in groups]
         for test in tests:
-            carrying = [group for group, rate in zip(groups, rates, strict=True) if rate[test] > OBEYED]
+            enough = (OBEYED, OBEYED_BY_CLASS)[test]
+            carrying = [group for group, rate in zip(groups, rates, strict=True) if rate[test] > enough]
             if 0 < len(carrying) < len(groups):
-                found |= torch.stack(carrying).any(0)
-    return found
+                found[test] |= torch.stack(carrying).any(0)
+                break
+    return found[0], found[1]
 
 
 def carried(
@@ -169,7 +175,8 @@ def recovered_trigger(
     """What the suspects have in common, if it works as a trigger: made visible, and usable with true labels.
 
     It counts as one if the infected model, shown it on images of D_ext, gives most of them a label that suspects have
-    and that isn't theirs. If it works on the images of some classes only, these are its sources.
+    and that isn't theirs; or nearly all images of one class. Its sources are then the classes on most images of which
+    it works.
 
     Args:
         infected: θ₀.
@@ -186,8 +193,9 @@ def recovered_trigger(
     if obedience(infected, data, trusted, wanted, Recovered(change), precision) > OBEYED:
         return Recovered(change)
     rates = by_class(infected, data, trusted, wanted, change, contents[suspects], precision)
-    sources = tuple(label for label, rate in rates.items() if rate > OBEYED)
-    return Recovered(change, sources) if sources else None
+    if max(rates.values(), default=0.0) <= OBEYED_BY_CLASS:
+        return None
+    return Recovered(change, tuple(label for label, rate in rates.items() if rate > OBEYED))
 
 
 def by_class(

@@ -93,7 +93,7 @@ class Examination:
 
 def cross_examine(
     split: Split,
-    carrying: Tensor,
+    carrying: tuple[Tensor, Tensor],
     infected: nn.Module,
     before: Tensor,
     labels: Tensor,
@@ -113,11 +113,12 @@ def cross_examine(
     and what the trusted group itself lost is taken off: poison that is kept alone can lose its label with the others.
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
     class lost, are trusted again: they are natural kinds, such as digits written another way. Groups that were seen to
-    carry a working trigger need no trial and aren't trusted again.
+    carry a working trigger need no trial and aren't trusted again; those whose trigger works on all classes may have
+    their label by right (clean-label poison), the others are in their class for their trigger alone.
 
     Args:
         split: the groups.
-        carrying: bool (N,), groups that carry a working trigger.
+        carrying: bool (N,) each, groups that carry a trigger that works on all classes' images, and on one class's.
         infected: θ₀.
         before: float (N, K), its logits.
         labels: int64 (N,).
@@ -127,9 +128,10 @@ def cross_examine(
         fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
     """
     classes, width = len(many), int(split.count.max())
+    everywhere, seen_out = carrying[0], carrying[0] | carrying[1]
     cell = labels * width + split.group
     had = before.softmax(1).gather(1, labels[:, None]).flatten()
-    seen = torch.zeros_like(many).index_fill_(0, labels[carrying], True)
+    seen = torch.zeros_like(many).index_fill_(0, labels[seen_out], True)
 
     def lost(score: Tensor, where: Tensor, members: Tensor, count: int) -> Tensor:
         """Share of their label's probability that the members of each class or group have lost, (count,)."""
@@ -140,13 +142,13 @@ def cross_examine(
         out = torch.bincount(cell[without], minlength=classes * width) > 0
         return lost(score, cell, without, classes * width).masked_fill(~out, -torch.inf).view(classes, width)
 
-    left_out, score, outputs, most = carrying, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
+    left_out, score, outputs, most = seen_out, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
     models: list[tuple[Tensor, nn.Module]] = []
 
     def trial(kept: int, tried: Tensor) -> None:
         """Purifies with one group of each class that is tried, and the largest of the others; keeps what is better."""
         nonlocal left_out, score, outputs, most
-        without = torch.where(seen[labels], carrying, split.group != torch.where(tried, kept, 0)[labels])
+        without = torch.where(seen[labels], seen_out, split.group != torch.where(tried, kept, 0)[labels])
         why = f"with group {kept + 1} alone" if models else "without the smaller groups"
         model, given = purify(~without, why)
         drop = drop_score(before, given, labels)
@@ -168,4 +170,4 @@ def cross_examine(
     falls = by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
     fall = falls.amax(1)
     fell = left_out & (falls > fallen).flatten()[cell]
-    return Examination(fell | carrying, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), carrying & ~fell)
+    return Examination(fell | seen_out, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), everywhere & ~fell)

@@ -114,11 +114,11 @@ class Run:
         self.layers = activations(infected, data, precision=config.precision)
         many = outweighing(data.labels, data.num_classes, config.outweighs)
         split = split_classes(self.layers, data.labels, many, least_gain=config.least_gain)
-        carrying = self.nobody
+        carrying = self.nobody, self.nobody
         if config.transplants:
             opinion, _ = second_opinion(self.before, data.labels, 0.0)
             carrying = carriers(infected, data, split, opinion, config.precision)
-        carried = torch.bincount(data.labels[carrying], minlength=data.num_classes)
+        carried = torch.bincount(data.labels[carrying[0] | carrying[1]], minlength=data.num_classes)
         self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
         found = cross_examine(
             split,
