@@ -18,7 +18,6 @@ from unplant.classifier import activations, logits
 from unplant.detection.clusters import outweighing, split_classes
 from unplant.detection.transplant import carried
 from unplant.erasers.pbe import PBEConfig
-from unplant.erasers.selection import second_opinion
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
         if args.suspect_images:
             part = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.suspect_images]
             data, poisoned = data.select(part), poisoned[part]
-        opinion, _ = second_opinion(logits(model, data), data.labels, 0.0)
+        outputs = logits(model, data)
         many = outweighing(data.labels, data.num_classes, config.outweighs)
         split = split_classes(activations(model, data), data.labels, many, least_gain=config.least_gain)
         for label in data.labels.unique().tolist():
@@ -48,7 +47,7 @@ def main() -> None:
             if split.count[label] > 1:
                 groups |= {number: members & (split.group == number) for number in range(int(split.count[label]))}
             for number, group in groups.items():
-                everywhere, best = carried(model, data, group, label, opinion)
+                everywhere, best = carried(model, data, group, label, outputs, alike=number is not None)
                 row: dict[str, Any] = {
                     "cell": name,
                     **here.to_json(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from unplant.classifier import logits
 from unplant.detection.clusters import Split
 from unplant.detection.transplant import (
     Recovered,
@@ -127,7 +128,7 @@ def split_of(minor, label) -> Split:
 def test_the_side_that_carries_the_trigger_is_found(poisoned_set, poison_is):
     data, group = poisoned_set
     minor = group if poison_is == "minor" else (data.labels == 0) & ~group
-    everywhere, one_class = carriers(Obeys(), data, split_of(minor, 0), shown(data.pixels()))
+    everywhere, one_class = carriers(Obeys(), data, split_of(minor, 0), logits(Obeys(), data))
     assert torch.equal(everywhere, group)
     assert not one_class.any()
 
@@ -135,7 +136,7 @@ def test_the_side_that_carries_the_trigger_is_found(poisoned_set, poison_is):
 def test_a_natural_group_carries_nothing(poisoned_set):
     data, _ = poisoned_set
     minor = (data.labels == 1) & (torch.arange(400) % 3 == 0)
-    assert not torch.cat(carriers(Obeys(), data, split_of(minor, 1), data.labels)).any()
+    assert not torch.cat(carriers(Obeys(), data, split_of(minor, 1), logits(Obeys(), data))).any()
 
 
 def test_the_test_abstains_where_a_class_is_its_own_template(poisoned_set):
@@ -150,7 +151,7 @@ def test_the_test_abstains_where_a_class_is_its_own_template(poisoned_set):
 
     aligned = LabeledImages(images, data.labels, data.classes)
     minor = (aligned.labels == 2) & (torch.arange(400) % 2 == 0)
-    assert not torch.cat(carriers(Brightness(), aligned, split_of(minor, 2), aligned.labels)).any()
+    assert not torch.cat(carriers(Brightness(), aligned, split_of(minor, 2), logits(Brightness(), aligned))).any()
 
 
 def test_the_trigger_is_recovered_only_if_the_model_obeys_it(poisoned_set):
@@ -208,11 +209,11 @@ def test_a_group_with_a_trigger_for_one_class_is_found(poisoned_set):
     contents = shown(data.pixels())
     group = (contents == 1) & ((contents == 1).cumsum(0) <= 30)
     data = with_change(LabeledImages(data.images, contents.masked_fill(group, 0), data.classes), group, patch)
-    everywhere, one_class = carriers(ObeysOn1(), data, split_of(group, 0), contents)
+    everywhere, one_class = carriers(ObeysOn1(), data, split_of(group, 0), logits(ObeysOn1(), data))
     assert torch.equal(one_class, group)
     assert not everywhere.any()
     natural = (data.labels == 2) & (torch.arange(400) % 3 == 0)
-    assert not torch.cat(carriers(ObeysOn1(), data, split_of(natural, 2), contents)).any()
+    assert not torch.cat(carriers(ObeysOn1(), data, split_of(natural, 2), logits(ObeysOn1(), data))).any()
 
 
 def test_rates_by_class_equal_a_loop(poisoned_set):

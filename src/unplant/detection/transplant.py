@@ -19,9 +19,9 @@ ENOUGH = 4000
 OBEYED = 0.5
 """Share of other images that must get the group's label for the transplant to count as a trigger."""
 
-OBEYED_BY_CLASS = 0.9
+OBEYED_BY_CLASS = 0.7
 """The same of the images of one class, for a trigger that works on some classes only. On CIFAR-10 a natural group of
-deer makes deer of 79 % of the images of another class."""
+deer makes deer of 64 % of another class's images, all-to-all triggers work on 73 to 95 %."""
 
 TEMPLATE = 0.3
 """Where an ordinary class's own moments make the model see that class in more images than that, the test says nothing:
@@ -94,7 +94,7 @@ def answers(model: nn.Module, images: LabeledImages, change: Transplant, precisi
 
 
 def carriers(
-    model: nn.Module, data: LabeledImages, split: Split, opinion: Tensor, precision: Precision = "float32"
+    model: nn.Module, data: LabeledImages, split: Split, outputs: Tensor, precision: Precision = "float32"
 ) -> tuple[Tensor, Tensor]:
     """Groups that carry a trigger that works on images of the other classes, or of one of them.
 
@@ -107,7 +107,7 @@ def carriers(
         model: the infected one.
         data: D.
         split: the groups.
-        opinion: int64 (N,), what the model would call each image if its label were out of the question.
+        outputs: float (N, K), the model's logits.
         precision: of the model's answers.
 
     Returns:
@@ -118,14 +118,12 @@ def carriers(
     halved = [label for label in present if split.count[label] > 1]
     if not halved or len(present) < 2:
         return found[0], found[1]
-    ordinary = [
-        carried(model, data, data.labels == label, label, opinion, precision)
-        for label in present[:: max(1, len(present) // 10)]
-    ]
+    some = present[:: max(1, len(present) // 10)]
+    ordinary = [carried(model, data, data.labels == label, label, outputs, precision) for label in some]
     tests = [test for test in range(2) if torch.tensor([rates[test] for rates in ordinary]).median() <= TEMPLATE]
     for label in halved:
         groups = [(data.labels == label) & (split.group == number) for number in range(int(split.count[label]))]
-        rates = [carried(model, data, group, label, opinion, precision) for group in groups]
+        rates = [carried(model, data, group, label, outputs, precision, alike=True) for group in groups]
         for test in tests:
             enough = (OBEYED, OBEYED_BY_CLASS)[test]
             carrying = [group for group, rate in zip(groups, rates, strict=True) if rate[test] > enough]
@@ -140,19 +138,29 @@ def carried(
     data: LabeledImages,
     group: Tensor,
     label: int,
-    opinion: Tensor,
+    outputs: Tensor,
     precision: Precision = "float32",
+    *,
+    alike: bool = False,
 ) -> tuple[float, float]:
     """How a group's label passes on by its moments: to images of all other classes, and of the one where it works best.
 
-    Shares in [0, 1]; see `carriers`.
+    The latter counts only images that the model gets right as they are. If `alike`, the moments are compared there with
+    those of images that show what the group shows, by the model's second opinion.
+
+    Returns:
+        Shares in [0, 1]; see `carriers`.
     """
     others = data.labels != label
     if not others.any() or not group.any():
         return 0.0, 0.0
     change, wanted = transplant(data, group, others), torch.tensor([label])
     everywhere = obedience(model, data, others, wanted, Recovered(change), precision)
-    rates = by_class(model, data, others, wanted, change, opinion[group], precision)
+    opinion = outputs.scatter(1, data.labels[:, None], -torch.inf).argmax(1)
+    if alike:
+        change = transplant(data, group, others, torch.where(group, opinion, data.labels))
+    known = others & (outputs.argmax(1) == data.labels)
+    rates = by_class(model, data, known, wanted, change, opinion[group], precision)
     return everywhere, max(rates.values(), default=0.0)
 
 
@@ -175,8 +183,7 @@ def recovered_trigger(
     """What the suspects have in common, if it works as a trigger: made visible, and usable with true labels.
 
     It counts as one if the infected model, shown it on images of D_ext, gives most of them a label that suspects have
-    and that isn't theirs; or nearly all images of one class. Its sources are then the classes on most images of which
-    it works.
+    and that isn't theirs; or those of one class. Its sources are then the classes on most images of which it works.
 
     Args:
         infected: θ₀.
@@ -193,9 +200,8 @@ def recovered_trigger(
     if obedience(infected, data, trusted, wanted, Recovered(change), precision) > OBEYED:
         return Recovered(change)
     rates = by_class(infected, data, trusted, wanted, change, contents[suspects], precision)
-    if max(rates.values(), default=0.0) <= OBEYED_BY_CLASS:
-        return None
-    return Recovered(change, tuple(label for label, rate in rates.items() if rate > OBEYED))
+    sources = tuple(label for label, rate in rates.items() if rate > OBEYED)
+    return Recovered(change, sources) if sources else None
 
 
 def by_class(

@@ -15,7 +15,6 @@ from unplant.erasers.selection import (
     Lesson,
     drop_score,
     next_lesson,
-    second_opinion,
     shared_suspicion,
     step_three,
 )
@@ -116,8 +115,7 @@ class Run:
         split = split_classes(self.layers, data.labels, many, least_gain=config.least_gain)
         carrying = self.nobody, self.nobody
         if config.transplants:
-            opinion, _ = second_opinion(self.before, data.labels, 0.0)
-            carrying = carriers(infected, data, split, opinion, config.precision)
+            carrying = carriers(infected, data, split, self.before, config.precision)
         carried = torch.bincount(data.labels[carrying[0] | carrying[1]], minlength=data.num_classes)
         self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
         found = cross_examine(
