@@ -21,7 +21,7 @@ OBEYED = 0.5
 
 OBEYED_BY_CLASS = 0.7
 """The same of the images of one class, for a trigger that works on some classes only. On CIFAR-10 a natural group of
-deer makes deer of 64 % of another class's images, all-to-all triggers work on 73 to 95 %."""
+deer makes deer of 66 % of another class's images, the next one 27 %; all-to-all triggers work on 70 to 97 %."""
 
 TEMPLATE = 0.3
 """Where an ordinary class's own moments make the model see that class in more images than that, the test says nothing:
