@@ -286,22 +286,25 @@ def test_each_of_many_groups_is_judged_by_itself(poison):
     assert float(found.fall[0]) > 0.9 if poison else float(found.fall[0]) < 0.1
 
 
-@pytest.mark.parametrize("works_on", ["all classes", "one class"])
-def test_a_group_with_a_working_trigger_needs_no_trial_and_is_not_trusted_again(works_on, generator):
+@pytest.mark.parametrize(
+    ("works_on", "kept", "stays_out", "by_right"),
+    [("all classes", 1.0, True, True), ("one class", 0.8, True, False), ("one class", 0.95, False, False)],
+)
+def test_a_group_with_a_working_trigger_needs_no_trial(works_on, kept, stays_out, by_right, generator):
     """Clean-label poison: recognised by its content when left out, yet it stays out, under its own label.
 
-    With a trigger for one class the label is taken for wrong all the same, and the group has its retrial.
+    With a trigger for one class a fall is asked for, if a small one, and the label is taken for wrong.
     """
     poisoned = torch.arange(200) < 50
     labels = torch.tensor([0] * 100 + [1] * 100)
     layer = torch.randn(200, 12, generator=generator)
     layer[poisoned, :4] += 6
-    sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
+    sure = torch.full((200, 2), -30.0).scatter(1, labels[:, None], 30.0)
     calls = []
 
     def purify(part, why):
         calls.append(part)
-        return nn.Identity(), sure
+        return nn.Identity(), torch.where(poisoned[:, None], torch.tensor([kept, 1 - kept]).log(), sure)
 
     split = split_classes([layer], labels, HALVES, least_gain=0.125)
     carrying = (labels == 0) & (split.group == split.group[0])
@@ -310,8 +313,8 @@ def test_a_group_with_a_working_trigger_needs_no_trial_and_is_not_trusted_again(
     found = cross_examine(split, both, nn.Identity(), sure, labels, purify, **limits(split))
     assert len(calls) == 1
     assert torch.equal(calls[0], ~poisoned)
-    assert torch.equal(found.left_out, poisoned)
-    assert torch.equal(found.own_label, both[0])
+    assert torch.equal(found.left_out, poisoned if stays_out else none)
+    assert torch.equal(found.own_label, poisoned if by_right else none)
 
 
 def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
