@@ -10,10 +10,8 @@ class where it works best. Lines without a group are ordinary classes, on which 
 import json
 from typing import Any
 
-import torch
-from cells import attack_of, parser, setting
+from cells import attack_of, infected_by, parser, setting
 
-from unplant.cache import plant_cached, train_cached
 from unplant.classifier import activations, logits
 from unplant.detection.clusters import outweighing, split_classes
 from unplant.detection.transplant import carried
@@ -28,16 +26,8 @@ def main() -> None:
     here, config = setting(args), PBEConfig()
     for line in args.cells.read_text(encoding="utf-8").splitlines():
         name, spec, *recipe = line.split()
-        attack, same = attack_of(spec, recipe), {"seed": here.seed, "folder": here.cache}
-        if attack is None:
-            (model, _), data = train_cached(here.data, here.arch, here.training, **same), here.data
-            poisoned = torch.zeros(len(data), dtype=torch.bool)
-        else:
-            planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
-            model, data, poisoned = planted.model, planted.training_set.data, planted.training_set.poisoned
-        if args.suspect_images:
-            part = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.suspect_images]
-            data, poisoned = data.select(part), poisoned[part]
+        it = infected_by(here, attack_of(spec, recipe), args.suspect_images)
+        model, data, poisoned = it.model, it.data, it.poisoned
         outputs = logits(model, data)
         many = outweighing(data.labels, data.num_classes, config.outweighs)
         split = split_classes(activations(model, data), data.labels, many, least_gain=config.least_gain)

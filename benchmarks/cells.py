@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from unplant.cache import plant_cached, train_cached
 from unplant.data import open_data
 from unplant.erasers import EraserConfig, erasers
 from unplant.erasers.base import Method
@@ -42,6 +44,16 @@ class Setting:
             "images": len(self.data),
             "data": self.data.fingerprint(),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Infected:
+    """A model, its suspect set, the truth, and the attack as it was planted; None for a clean model."""
+
+    model: nn.Module
+    data: LabeledImages
+    poisoned: Tensor
+    attack: Attack | None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -93,6 +105,22 @@ def test_part(args: argparse.Namespace, test: LabeledImages) -> LabeledImages:
 def attack_of(spec: str, recipe: list[str]) -> Attack | None:
     """The attack of a cell; None for `clean`."""
     return None if spec == "clean" else parse_attack(spec, **parse_settings(recipe))
+
+
+def infected_by(here: Setting, attack: Attack | None, suspect_images: int | None) -> Infected:
+    """The model of a cell, from the cache or planted into it, and so many of its training images at random."""
+    same = {"seed": here.seed, "folder": here.cache}
+    if attack is None:
+        (model, _), data = train_cached(here.data, here.arch, here.training, **same), here.data
+        poisoned, known = torch.zeros(len(data), dtype=torch.bool), None
+    else:
+        planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
+        model, data, known = planted.model, planted.training_set.data, planted.attack
+        poisoned = planted.training_set.poisoned
+    if suspect_images:
+        part = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:suspect_images]
+        data, poisoned = data.select(part), poisoned[part]
+    return Infected(model, data, poisoned, known)
 
 
 def run_missing(

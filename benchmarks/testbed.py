@@ -13,9 +13,8 @@ from statistics import mean
 from typing import Any
 
 import torch
-from cells import eraser_of, eraser_options, parser, run_missing, setting, test_part
+from cells import eraser_of, eraser_options, infected_by, parser, run_missing, setting, test_part
 
-from unplant.cache import plant_cached, train_cached
 from unplant.evaluation import evaluate, suspect_quality
 from unplant.poisoning import Attack
 from unplant.runs import environment
@@ -33,17 +32,8 @@ def main() -> None:
     test, (method, config, label) = test_part(args, here.test), eraser_of(args)
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
-        same = {"seed": here.seed, "folder": here.cache}
-        if attack is None:
-            (model, _), data = train_cached(here.data, here.arch, here.training, **same), here.data
-            poisoned, known = torch.zeros(len(data), dtype=torch.bool), None
-        else:
-            planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
-            model, data, known = planted.model, planted.training_set.data, planted.attack
-            poisoned = planted.training_set.poisoned
-        if args.suspect_images:
-            part = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.suspect_images]
-            data, poisoned = data.select(part), poisoned[part]
+        it = infected_by(here, attack, args.suspect_images)
+        model, data, poisoned, known = it.model, it.data, it.poisoned, it.attack
         start = time.monotonic()
         erasure = method.run(model, data, config, generator=torch.Generator().manual_seed(defence_seed))
         row = {

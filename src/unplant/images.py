@@ -29,6 +29,20 @@ def to_stored(pixels: Tensor) -> Tensor:
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def in_proportion(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Places of `count` of the labels (N,) without replacement, each class in proportion, in order; all if no more."""
+    if count >= len(labels):
+        return torch.arange(len(labels))
+    order = torch.randperm(len(labels), generator=generator)
+    # Sorting by (rank within the class) / (size of the class) interleaves the classes in proportion.
+    mixed = labels[order]
+    position = torch.empty(len(order), dtype=torch.float64)
+    for label in mixed.unique().tolist():
+        mine = (mixed == label).nonzero().flatten()
+        position[mine] = (torch.arange(len(mine), dtype=torch.float64) + 0.5) / len(mine)
+    return order[position.argsort(stable=True)[:count]].sort().values
+
+
 @dataclass(frozen=True, eq=False)
 class LabeledImages:
     """Images with labels.
@@ -180,17 +194,7 @@ class LabeledImages:
 
     def sample(self, count: int, generator: torch.Generator) -> "LabeledImages":
         """`count` images without replacement, each class in proportion; all of them if there are no more."""
-        if count >= len(self):
-            return self
-        order = torch.randperm(len(self), generator=generator)
-        # Sorting by (rank within the class) / (size of the class) interleaves the classes in proportion.
-        labels = self.labels[order]
-        position = torch.empty(len(order), dtype=torch.float64)
-        for label in labels.unique().tolist():
-            mine = (labels == label).nonzero().flatten()
-            position[mine] = (torch.arange(len(mine), dtype=torch.float64) + 0.5) / len(mine)
-        chosen = order[position.argsort(stable=True)[:count]]
-        return self.select(chosen.sort().values)
+        return self if count >= len(self) else self.select(in_proportion(self.labels, count, generator))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(pixels (B, C, H, W), labels (B,)) in order, the last batch smaller."""

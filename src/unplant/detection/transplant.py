@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from unplant.classifier import logits
 from unplant.detection.clusters import Split
 from unplant.devices import Precision
-from unplant.images import LabeledImages, to_pixels, to_stored
+from unplant.images import LabeledImages, in_proportion, to_pixels, to_stored
 
 LEAST_SPREAD = 1 / 255
 """Pixels that vary less among the trusted images are left as they are."""
@@ -244,7 +244,8 @@ def obedience(
     """
     if trigger.sources:
         extra = extra & torch.isin(data.labels, torch.tensor(trigger.sources))
-    part = data.select(extra).sample(500, torch.Generator().manual_seed(0))
+    places = extra.nonzero().flatten()
+    part = data.select(places[in_proportion(data.labels[places], 500, torch.Generator().manual_seed(0))])
     if len(wanted) == 1:
         part = part.select(part.labels != wanted)
     if not len(part):
