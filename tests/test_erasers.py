@@ -8,6 +8,7 @@ from torch import nn
 
 import unplant
 from unplant.classifier import Classifier
+from unplant.detection.transplant import Recovered, Transplant
 from unplant.erasers import erasers
 from unplant.erasers.base import Method, settle
 from unplant.erasers.pbe_run import Run
@@ -66,26 +67,63 @@ def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
     assert kept.findings.targets == (1,)
 
 
+class Undecided:
+    """Class 1 of four: 40 suspects, 40 images of D_ext, 20 undecided, of which ten look like the suspects to θ₀."""
+
+    def __init__(self, **settings) -> None:
+        data = noise(count=400)
+        self.model, self.trained, self.data = network(data), network(data, seed=1), data
+        config = erasers["pbe"].configure(batch_size=16, **settings)
+        self.state = Run(self.model, data, config, torch.Generator().manual_seed(0), None)
+        self.place = torch.div(torch.arange(400), 4, rounding_mode="floor")  # of an image within its class
+        self.suspects = self.state.left_out = (data.labels == 1) & (self.place < 40)
+        self.extra = (self.place >= 40) & (self.place < 80)
+        like = self.suspects | (self.place >= 90)
+        self.state.layers = [torch.randn((400, 5), generator=torch.Generator().manual_seed(1)) + 6 * like[:, None]]
+        self.after = torch.nn.functional.one_hot(data.labels, 4).float()
+        self.after[self.suspects] = self.after[self.suspects].roll(1, 1)  # θ gives the suspects another label
+        self.after[self.place >= 80] = 0.0  # and has no opinion of the undecided
+
+
 @pytest.mark.parametrize("kinship", [True, False])
 def test_kin_of_the_suspects_are_suspects_too_but_are_not_heard(kinship):
-    """Class 1: 40 suspects, 40 images of D_ext, 20 undecided, of which ten look like the suspects to θ₀."""
-    data = noise(count=400)
-    model, trained = network(data), network(data, seed=1)
-    config = erasers["pbe"].configure(batch_size=16, kinship=kinship)
-    state = Run(model, data, config, torch.Generator().manual_seed(0), None)
-    place = torch.div(torch.arange(400), 4, rounding_mode="floor")  # of an image within its class
-    suspects = state.left_out = (data.labels == 1) & (place < 40)
-    extra = (place >= 40) & (place < 80)
-    like = suspects | (place >= 90)
-    state.layers = [torch.randn((400, 5), generator=torch.Generator().manual_seed(1)) + 6 * like[:, None]]
-    after = torch.nn.functional.one_hot(data.labels, 4).float()
-    after[suspects] = after[suspects].roll(1, 1)  # θ gives the suspects another label
-    after[place >= 80] = 0.0  # and has no opinion of the undecided
-    erasure = state.erasure(trained, torch.zeros(400), suspects, after, Lesson(extra, data.labels))
-    expected = suspects | ((data.labels == 1) & (place >= 90)) if kinship else suspects
+    case = Undecided(kinship=kinship)
+    suspects, labels = case.suspects, case.data.labels
+    lesson = Lesson(case.extra, labels)
+    erasure = case.state.erasure(case.trained, torch.zeros(400), suspects, case.after, lesson)
+    expected = suspects | ((labels == 1) & (case.place >= 90)) if kinship else suspects
     assert torch.equal(erasure.suspects, expected)
     assert erasure.findings.poisoning_rate == pytest.approx(int(expected.sum()) / 400)
     assert erasure.findings.witnesses == 40
+
+
+TRIGGER = Recovered(Transplant(torch.ones(1, 16, 16), torch.zeros(1, 16, 16)))
+
+
+def test_undecided_images_that_take_after_the_others_are_acquitted_where_the_trigger_is_in_view():
+    case = Undecided()
+    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
+    acquitted = (case.data.labels == 1) & (case.place >= 80) & (case.place < 90)
+    assert torch.equal(lesson.images, case.extra | acquitted)
+    assert lesson.trigger is TRIGGER
+    assert case.state.rounds[-1] == {"step": "acquitted", "undecided": 20, "next": 10}
+
+
+def test_nobody_of_a_group_left_out_is_acquitted():
+    case = Undecided()
+    case.state.left_out = case.state.left_out | ((case.data.labels == 1) & (case.place >= 80))
+    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
+    assert torch.equal(lesson.images, case.extra)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trigger"),
+    [({}, None), ({"acquit": None}, TRIGGER), ({"kinship": False}, TRIGGER), ({"acquit": 1e30}, TRIGGER)],
+)
+def test_nobody_is_acquitted_without_a_trigger_in_view_or_if_it_is_switched_off(settings, trigger):
+    case = Undecided(**settings)
+    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, trigger), case.suspects, case.after)
+    assert torch.equal(lesson.images, case.extra)
 
 
 def noise(count=48, classes=4, channels=1, height=16, width=16, seed=0) -> LabeledImages:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unplant.detection.kinship import FEWEST, kin_of_suspects
+from unplant.detection.kinship import FEWEST, odds_of_poison
 
 LIKE_POISON, LIKE_CLEAN = 3.0, -3.0
 
@@ -31,9 +31,9 @@ class Case:
     def kin(self) -> list[bool]:
         undecided = ~(self.suspects | self.trusted)
         given = (self.after, self.labels, self.suspects, self.trusted, undecided)
-        found = kin_of_suspects(self.layers, *given)
-        assert not (found & ~undecided).any()
-        return found[undecided].tolist()
+        odds = odds_of_poison(self.layers, *given)
+        assert odds[~undecided].isnan().all()
+        return (odds[undecided] > 0).tolist()
 
 
 def test_likeness_decides_where_the_purified_model_does_not_know() -> None:

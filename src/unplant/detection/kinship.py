@@ -1,4 +1,4 @@
-"""Whose kin are the images that nobody has judged? Poison escapes into the trusted group, and lies there undecided."""
+"""Whose kin are the images that nobody has judged? Poison that escaped lies among them, and so do hard clean images."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ FEWEST = 10
 """Fewer known images than that on one side, and nobody of the class is judged."""
 
 
-def kin_of_suspects(
+def odds_of_poison(
     layers: list[Tensor], after: Tensor, labels: Tensor, suspects: Tensor, trusted: Tensor, undecided: Tensor
 ) -> Tensor:
-    """Undecided images that are likelier poisoned than not, class by class.
+    """The log odds (nats) that undecided images are poisoned, class by class.
 
     Two opinions, as log odds, are added: to which side an image is nearer in what the infected model sees (a linear
     discriminant at each depth, learnt from the images that are decided; the depths know much the same, so their mean
@@ -25,13 +25,13 @@ def kin_of_suspects(
         undecided: bool (N,), images to be judged.
 
     Returns:
-        Bool (N,), a part of the undecided ones; nobody of classes with fewer than `FEWEST` suspects or trusted images.
+        Double (N,); NaN for all others, and in classes with fewer than `FEWEST` suspects or trusted images.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     others = after.double().softmax(1).scatter(1, labels[:, None], 0).amax(1)
-    odds = torch.logit(others, eps=1e-6)
-    kin = torch.zeros_like(undecided)
+    by_label = torch.logit(others, eps=1e-6)
+    odds = torch.full_like(by_label, torch.nan)
     for label in labels[undecided].unique().tolist():
         members = labels == label
         here, known = members & undecided, members & (suspects | trusted)
@@ -47,5 +47,5 @@ def kin_of_suspects(
             discriminant.fit(seen[known].numpy(), suspects[known].numpy())
             opinions.append(torch.from_numpy(discriminant.decision_function(seen[here].numpy())))
         if opinions:
-            kin[here] = torch.stack(opinions).mean(0) + odds[here] > 0
-    return kin
+            odds[here] = torch.stack(opinions).mean(0) + by_label[here]
+    return odds

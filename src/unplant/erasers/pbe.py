@@ -53,6 +53,11 @@ class PBEConfig(AdversarialConfig):
     kinship: bool = Field(
         default=True, description="in the end, judge undecided images of classes with suspects by whom they take after"
     )
+    acquit: Real | None = Field(
+        default=10.0,
+        ge=1,
+        description="ending: odds of being clean at which undecided images join D_ext, with a trigger in view",
+    )
     shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
     retrial: bool = Field(
         default=True, description="clear classes whose suspects get their label back without being taught it"
@@ -139,6 +144,7 @@ def pbe(
 
     # Ending: plain images, to get accuracy back; the trigger stays in view, by a copy of it or by relabelled suspects.
     if run.final_steps:
+        lesson = run.last_lesson(lesson, suspects, after)
         purified = run.learn(purified, lesson, run.final_steps, "ending", config.final_adversarial_share)
         after = run.outputs(purified)
     return run.erasure(purified, suspicion, suspects, after, lesson)
@@ -163,6 +169,7 @@ erasers.add(
                 "epochs": 10,
                 "final_steps": 0,
                 "relabel": False,
+                "acquit": None,
                 "transplants": 0,
             }
         },

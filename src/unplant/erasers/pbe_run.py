@@ -1,6 +1,7 @@
 """What one run of PBE holds fast while `pbe.py` goes through Algorithm 1, and what it writes down."""
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from unplant.classifier import activations, logits
 from unplant.detection.clusters import outweighing, split_classes
-from unplant.detection.kinship import kin_of_suspects
+from unplant.detection.kinship import odds_of_poison
 from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
 from unplant.erasers.examination import Examination, cross_examine, findings, retrial
 from unplant.erasers.selection import (
@@ -142,14 +143,23 @@ class Run:
         strictly = self.left_out if self.config.strict else self.nobody
         return step_three(suspicion, after, self.data.labels, strictly, **limits)
 
-    def kin(self, suspects: Tensor, trusted: Tensor, after: Tensor) -> Tensor:
-        """Undecided images of classes that lost a group which take after their suspects, bool (N,)."""
+    def odds(self, suspects: Tensor, trusted: Tensor, after: Tensor) -> Tensor:
+        """Log odds (N,) of poison for undecided images of classes that lost a group; NaN for all others."""
         labels = self.data.labels
         marked = torch.zeros(after.shape[1], dtype=torch.bool).index_fill_(0, labels[suspects & self.left_out], True)
         undecided = marked[labels] & ~suspects & ~trusted
         if not self.config.kinship or not undecided.any():
-            return self.nobody
-        return kin_of_suspects(self.layers, after, labels, suspects, trusted, undecided)
+            return torch.full(labels.shape, torch.nan)
+        return odds_of_poison(self.layers, after, labels, suspects, trusted, undecided)
+
+    def last_lesson(self, lesson: Lesson, suspects: Tensor, after: Tensor) -> Lesson:
+        """With the trigger in view, undecided images that take after D_ext join it: the hard ones of their classes."""
+        if lesson.trigger is None or self.config.acquit is None:
+            return lesson
+        odds = self.odds(suspects, lesson.images, after)
+        acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
+        self.rounds.append({"step": "acquitted", "undecided": int(odds.isfinite().sum()), "next": int(acquitted.sum())})
+        return Lesson(lesson.images | acquitted, lesson.labels, lesson.trigger)
 
     def lesson(self, extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
         """D_ext; the suspects are in it by their trigger if that can be recovered, else under new labels."""
@@ -177,7 +187,7 @@ class Run:
             purified, suspects, after, lesson = copy.deepcopy(self.infected), self.nobody, self.before, None
         kin = self.nobody
         if lesson is not None:
-            kin = self.kin(suspects, lesson.images & (lesson.labels == data.labels), after)
+            kin = self.odds(suspects, lesson.images & (lesson.labels == data.labels), after) > 0
             suspicion = torch.where(kin, drop_score(self.before, after, data.labels), suspicion)
         obeyed: list[float | None] = [None, None]
         trigger = lesson.trigger if lesson is not None else None
