@@ -13,6 +13,7 @@ from unplant.erasers import erasers
 from unplant.erasers.base import Method, settle
 from unplant.erasers.pbe_run import Run
 from unplant.erasers.selection import Lesson
+from unplant.erasers.steps import adversarial_fine_tuning
 from unplant.errors import DataError, NumericalError, UsageError
 from unplant.images import LabeledImages
 from unplant.journal import Journal
@@ -124,6 +125,28 @@ def test_nobody_is_acquitted_without_a_trigger_in_view_or_if_it_is_switched_off(
     case = Undecided(**settings)
     lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, trigger), case.suspects, case.after)
     assert torch.equal(lesson.images, case.extra)
+
+
+def test_a_known_trigger_lies_in_its_own_place_whatever_the_crop_does():
+    """The model's inputs are looked at: the last quarter of each batch has the marker, the rest doesn't."""
+    data = noise(count=64, height=32, width=32)
+    data = LabeledImages(data.images // 2, data.labels, data.classes)  # nothing is white but the marker
+    model, seen = network(data), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    marker = torch.zeros(1, 32, 32)
+    marker[0, 0, 0] = 1.0
+    config = erasers["pbe"].configure(batch_size=16, adversarial_share=0.0, padding=4)
+
+    def trained(**trigger) -> nn.Module:
+        around = {"steps": 4, "generator": torch.Generator().manual_seed(0)}
+        return adversarial_fine_tuning(model, data, config, **around, **trigger)
+
+    with_marker = trained(trigger=Transplant(1 - marker, marker), triggered_share=0.25)
+    assert len(seen) == 4
+    for pixels in seen:
+        assert [float(image[0, 0, 0]) == 1.0 for image in pixels] == [False] * 12 + [True] * 4
+    plain = trained()
+    assert any(not torch.equal(a, b) for a, b in zip(with_marker.parameters(), plain.parameters(), strict=True))
 
 
 def noise(count=48, classes=4, channels=1, height=16, width=16, seed=0) -> LabeledImages:

@@ -42,6 +42,7 @@ class Run:
         own_label: bool (N,), those of them whose label is theirs by right.
         witnesses: bool (N,), images that are never taught under new labels.
         relabelled: bool (N,), images that were.
+        acquitted: bool (N,), undecided images that joined D_ext before the ending.
         rounds: see `Erasure`.
         extra_sets: see `Erasure`.
         layers: features (N, D) of θ₀ at several depths.
@@ -66,7 +67,7 @@ class Run:
         self.nobody = torch.zeros(len(data), dtype=torch.bool)
         self.left_out = self.own_label = self.nobody
         self.witnesses = torch.rand(len(data), generator=generator) < config.witnesses
-        self.relabelled = self.nobody
+        self.relabelled = self.acquitted = self.nobody
         self.rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
         self.extra_sets: list[Tensor] = []
         self.layers: list[Tensor] = []
@@ -78,8 +79,10 @@ class Run:
     def learn(self, start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
         """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
         chosen = self.data.relabel(lesson.labels).select(lesson.images)
-        if lesson.trigger is not None:
-            chosen = with_trigger(chosen, lesson.trigger.change, self.config.transplants, self.generator)
+        trigger = lesson.trigger.change if lesson.trigger is not None else None
+        half = self.config.transplants / 2  # before augmentation, as the suspects carry it, and after it, in its place
+        if trigger is not None:
+            chosen = with_trigger(chosen, trigger, half, self.generator)
         settings = self.config.but(adversarial_share=adversarial_share)
         own = lesson.labels == self.data.labels
         self.extra_sets.append(lesson.images & own)
@@ -90,10 +93,11 @@ class Run:
                 "images": len(chosen),
                 "steps": steps,
                 "passes": settings.passes(steps, self.data),
-                "trigger": lesson.trigger is not None,
+                "trigger": trigger is not None,
             }
         )
-        return adversarial_fine_tuning(start, chosen, settings, steps=steps, title=title, **self.around)
+        shown = {"trigger": trigger, "triggered_share": half}
+        return adversarial_fine_tuning(start, chosen, settings, steps=steps, title=title, **shown, **self.around)
 
     def steps_of_round(self, number: int, lesson: Lesson) -> tuple[int, int]:
         """Adversarial and plain steps: with `epochs`, a round goes on plainly after its adversarial steps."""
@@ -157,9 +161,11 @@ class Run:
         if lesson.trigger is None or self.config.acquit is None:
             return lesson
         odds = self.odds(suspects, lesson.images, after)
-        acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
-        self.rounds.append({"step": "acquitted", "undecided": int(odds.isfinite().sum()), "next": int(acquitted.sum())})
-        return Lesson(lesson.images | acquitted, lesson.labels, lesson.trigger)
+        self.acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
+        self.rounds.append(
+            {"step": "acquitted", "undecided": int(odds.isfinite().sum()), "next": int(self.acquitted.sum())}
+        )
+        return Lesson(lesson.images | self.acquitted, lesson.labels, lesson.trigger)
 
     def lesson(self, extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
         """D_ext; the suspects are in it by their trigger if that can be recovered, else under new labels."""
@@ -193,9 +199,9 @@ class Run:
         trigger = lesson.trigger if lesson is not None else None
         change, sources = (trigger.change, trigger.sources) if trigger is not None else (None, ())
         if lesson is not None and trigger is not None:
-            targets = data.labels[suspects].unique()
+            targets, known = data.labels[suspects].unique(), lesson.images & ~self.acquitted
             obeyed = [
-                obedience(model, data, lesson.images, targets, trigger, self.config.precision)
+                obedience(model, data, known, targets, trigger, self.config.precision)
                 for model in (self.infected, purified)
             ]
         said = findings(suspects, self.left_out, heard, after, data.labels, obeyed, kin, sources)

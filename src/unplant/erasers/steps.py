@@ -1,6 +1,7 @@
 """Steps 1 and 2 (Mu et al., CVPR 2023, arXiv:2202.06312, section 4.1), which AFT and PBE share."""
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -105,13 +106,25 @@ def adversarial_fine_tuning(
     progress: Progress | None = None,
     title: str = "adversarial fine-tuning",
     journal: Journal = NOTHING,
+    trigger: Callable[[Tensor], Tensor] | None = None,
+    triggered_share: float = 0.0,
 ) -> nn.Module:
     """Steps 1 and 2: fine-tunes a copy of the model on adversarial examples with their own labels.
 
-    The link from the trigger to the target is broken, as far as the examples behave like the trigger.
+    The link from the trigger to the target is broken, as far as the examples behave like the trigger. A known trigger
+    is put on the last part of each batch, after augmentation, so that it lies where an attacker would put it; a journal
+    takes it for the one that other images of the data carry.
     """
     purified = copy.deepcopy(infected)
-    change = stand_ins(config, generator) if config.adversarial_share > 0 else None
+    adversarial = stand_ins(config, generator) if config.adversarial_share > 0 else None
+
+    def with_trigger(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if trigger is not None:
+            plain = len(pixels) - round(triggered_share * len(pixels))
+            pixels = torch.cat([pixels[:plain], trigger(pixels[plain:])])
+        return adversarial(model, pixels, labels) if adversarial else (pixels, labels)
+
+    change = adversarial if trigger is None else with_trigger
     around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
     fit(purified, data, steps=steps, config=config, change=change, **around)
     return purified
