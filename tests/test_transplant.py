@@ -233,13 +233,23 @@ def test_rates_by_class_equal_a_loop(poisoned_set):
 def test_copies_carry_the_trigger_and_keep_their_labels(poisoned_set, generator):
     data, group = poisoned_set
     found = transplant(data, group, ~group)
-    more = with_trigger(data.select(~group), found, 0.25, generator)
+    more = with_trigger(data.select(~group), Recovered(found), 0.25, generator)
     clean = int((~group).sum())
     assert len(more) == pytest.approx(clean / 0.75, abs=1)
     assert torch.equal(more.images[:clean], data.images[~group])
     copies = more.select(torch.arange(len(more)) >= clean)
     assert float(copies.pixels()[:, :, 5:, 5:].mean()) > 0.97
     assert torch.equal(shown(copies.pixels()), copies.labels)
+
+
+@pytest.mark.parametrize(("sources", "expected"), [((2,), {2}), ((1, 3), {1, 3}), ((9,), {0, 1, 2, 3})])
+def test_copies_are_of_the_classes_on_which_the_trigger_works(poisoned_set, generator, sources, expected):
+    """As many as without sources, and more than the class has images if need be; of any if none of these is there."""
+    data, group = poisoned_set
+    trigger = Recovered(transplant(data, group, ~group), sources)
+    more = with_trigger(data, trigger, 0.5, generator)
+    assert len(more) == 2 * len(data)
+    assert set(more.labels[len(data) :].tolist()) == expected
 
 
 def test_step_three_takes_agreement_literally_where_a_group_is_left_out():

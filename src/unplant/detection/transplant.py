@@ -254,10 +254,17 @@ def obedience(
     return float(((given != part.labels) & torch.isin(given, wanted)).float().mean())
 
 
-def with_trigger(data: LabeledImages, trigger: Transplant, share: float, generator: torch.Generator) -> LabeledImages:
-    """The images, and copies of some of them with the trigger and their own labels: a share of the whole."""
+def with_trigger(data: LabeledImages, trigger: Recovered, share: float, generator: torch.Generator) -> LabeledImages:
+    """The images, and copies of some of them with the trigger and their own labels: a share of the whole.
+
+    Copied are images of the trigger's sources, if it has any that are there.
+    """
     count = round(share / (1 - share) * len(data))
-    copies = data.select(torch.randperm(len(data), generator=generator)[:count])
-    parts = [to_stored(trigger(to_pixels(images))) for images in copies.images.split(1024)]
+    order = torch.randperm(len(data), generator=generator)
+    if trigger.sources:
+        obeying = order[torch.isin(data.labels[order], torch.tensor(trigger.sources))]
+        order = obeying.repeat(-(-count // len(obeying))) if len(obeying) else order
+    copies = data.select(order[:count])
+    parts = [to_stored(trigger.change(to_pixels(images))) for images in copies.images.split(1024)]
     images, labels = torch.cat([data.images, *parts]), torch.cat([data.labels, copies.labels])
     return LabeledImages(images, labels, data.classes)

@@ -81,8 +81,8 @@ class Run:
         chosen = self.data.relabel(lesson.labels).select(lesson.images)
         trigger = lesson.trigger.change if lesson.trigger is not None else None
         half = self.config.transplants / 2  # before augmentation, as the suspects carry it, and after it, in its place
-        if trigger is not None:
-            chosen = with_trigger(chosen, trigger, half, self.generator)
+        if lesson.trigger is not None:
+            chosen = with_trigger(chosen, lesson.trigger, half, self.generator)
         settings = self.config.but(adversarial_share=adversarial_share)
         own = lesson.labels == self.data.labels
         self.extra_sets.append(lesson.images & own)
