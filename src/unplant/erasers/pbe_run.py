@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from unplant.erasers.pbe import PBEConfig
 
 
+MOST = 0.5
+"""Share of the data in classes that lost a group from which undecided images are acquitted before the ending."""
+
+
 class Run:
     """One run of PBE.
 
@@ -157,8 +161,14 @@ class Run:
         return odds_of_poison(self.layers, after, labels, suspects, trusted, undecided)
 
     def last_lesson(self, lesson: Lesson, suspects: Tensor, after: Tensor) -> Lesson:
-        """With the trigger in view, undecided images that take after D_ext join it: the hard ones of their classes."""
-        if lesson.trigger is None or self.config.acquit is None:
+        """With the trigger in view, undecided images that take after D_ext join it: the hard ones of their classes.
+
+        Only where most images are of classes that lost a group (all-to-all): elsewhere D_ext has hard images enough, and
+        a little poison that joins it, too, isn't worth the risk.
+        """
+        labels = self.data.labels
+        concerned = torch.isin(labels, labels[suspects & self.left_out]).float().mean()
+        if lesson.trigger is None or self.config.acquit is None or concerned < MOST:
             return lesson
         odds = self.odds(suspects, lesson.images, after)
         self.acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
