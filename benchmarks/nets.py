@@ -26,7 +26,7 @@ def vgg(num_classes: int = 10, channels: int = 3, width: int = 24) -> nn.Sequent
     for layer in layers:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias) if layer.bias is not None else None
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 

@@ -103,22 +103,23 @@ TRIGGER = Recovered(Transplant(torch.ones(1, 16, 16), torch.zeros(1, 16, 16)))
 
 
 def test_undecided_images_that_take_after_the_others_are_acquitted_where_the_trigger_is_in_view():
-    case = Undecided((1, 2))
+    case = Undecided((1, 2, 3))
     lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
     acquitted = case.concerned & (case.place >= 80) & (case.place < 90)
     assert torch.equal(lesson.images, case.extra | acquitted)
     assert lesson.trigger is TRIGGER
-    assert case.state.rounds[-1] == {"step": "acquitted", "undecided": 40, "next": 20}
+    assert case.state.rounds[-1] == {"step": "acquitted", "undecided": 60, "next": 30}
 
 
-def test_nobody_is_acquitted_where_few_classes_lost_a_group():
-    case = Undecided((1,))
+@pytest.mark.parametrize("lost_a_group", [(1,), (1, 2)])
+def test_nobody_is_acquitted_unless_most_classes_lost_a_group(lost_a_group):
+    case = Undecided(lost_a_group)
     lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
     assert torch.equal(lesson.images, case.extra)
 
 
 def test_nobody_of_a_group_left_out_is_acquitted():
-    case = Undecided((1, 2))
+    case = Undecided((1, 2, 3))
     case.state.left_out = case.state.left_out | (case.concerned & (case.place >= 80))
     lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
     assert torch.equal(lesson.images, case.extra)
@@ -129,7 +130,7 @@ def test_nobody_of_a_group_left_out_is_acquitted():
     [({}, None), ({"acquit": None}, TRIGGER), ({"kinship": False}, TRIGGER), ({"acquit": 1e300}, TRIGGER)],
 )
 def test_nobody_is_acquitted_without_a_trigger_in_view_or_if_it_is_switched_off(settings, trigger):
-    case = Undecided((1, 2), **settings)
+    case = Undecided((1, 2, 3), **settings)
     lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, trigger), case.suspects, case.after)
     assert torch.equal(lesson.images, case.extra)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 MOST = 0.5
-"""Share of the data in classes that lost a group from which undecided images are acquitted before the ending."""
+"""Undecided images are acquitted before the ending if more than this share of the classes lost a group."""
 
 
 class Run:
@@ -163,12 +163,12 @@ class Run:
     def last_lesson(self, lesson: Lesson, suspects: Tensor, after: Tensor) -> Lesson:
         """With the trigger in view, undecided images that take after D_ext join it: the hard ones of their classes.
 
-        Only where most images are of classes that lost a group (all-to-all): elsewhere D_ext has enough hard ones, and
-        a little poison that joins it, too, isn't worth the risk.
+        Only where most classes lost a group (all-to-all): elsewhere D_ext has enough hard ones, and a little poison that
+        joins it, too, isn't worth the risk.
         """
         labels = self.data.labels
-        concerned = torch.isin(labels, labels[suspects & self.left_out]).float().mean()
-        if lesson.trigger is None or self.config.acquit is None or concerned < MOST:
+        most = len(labels[suspects & self.left_out].unique()) > MOST * len(labels.unique())
+        if lesson.trigger is None or self.config.acquit is None or not most:
             return lesson
         odds = self.odds(suspects, lesson.images, after)
         self.acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
