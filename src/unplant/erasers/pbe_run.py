@@ -163,7 +163,7 @@ class Run:
     def last_lesson(self, lesson: Lesson, suspects: Tensor, after: Tensor) -> Lesson:
         """With the trigger in view, undecided images that take after D_ext join it: the hard ones of their classes.
 
-        Only where most classes lost a group (all-to-all): elsewhere D_ext has enough hard ones, and a little poison that
+        Only where most classes lost a group (all-to-all): elsewhere D_ext has enough hard ones, and poison that
         joins it, too, isn't worth the risk.
         """
         labels = self.data.labels
