@@ -18,6 +18,7 @@ from unplant.journal import NOTHING, Journal, Page, weights_of
 from unplant.models import build
 from unplant.params import Real
 from unplant.results import Progress
+from unplant.sharpness import sharpest
 
 Schedule = Literal["constant", "cosine", "one-cycle"]
 
@@ -73,6 +74,7 @@ def fit(
     generator: torch.Generator,
     change: Change | None = None,
     memory: Sequence[Remembering] = (),
+    sharpness: float = 0.0,
     progress: Progress | None = None,
     title: str = "training",
     journal: Journal = NOTHING,
@@ -90,6 +92,7 @@ def fit(
         generator: CPU generator of order and augmentation, and of the seed of the model's own dropout.
         change: applied to each augmented batch before the step.
         memory: what `change` learns from step to step.
+        sharpness: radius of the step in the weights at whose end gradients are taken, see `sharpest`; 0: none.
         progress: told the share of steps done.
         title: what `progress` is told.
         journal: where the training is written down, and taken up again if it was cut off. What decides it must be among
@@ -102,7 +105,7 @@ def fit(
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        running = Running(model, data, config, generator, memory)
+        running = Running(model, data, config, generator, memory, sharpness)
         page = running.page(journal, title, steps)
         running.restore(page.read())
         modes = [(module, module.training) for module in model.modules()]
@@ -141,7 +144,9 @@ class Running:
         config: FitConfig,
         generator: torch.Generator,
         memory: Sequence[Remembering],
+        sharpness: float,
     ) -> None:
+        self.sharpness = sharpness
         self.model, self.data, self.config, self.generator, self.memory = model, data, config, generator, memory
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.SGD(
@@ -157,7 +162,7 @@ class Running:
         if journal.folder is None or len(weights_of(self.model)) < len(self.model.state_dict()):
             return NOTHING.page(tensors=())
         settings = self.config.model_dump(mode="json")
-        about = (title, steps, settings, self.data.fingerprint(), str(self.device))
+        about = (title, steps, settings, self.sharpness, self.data.fingerprint(), str(self.device))
         return journal.page(*about, tensors=self.state().values())
 
     def step(self, lr: float, change: Change | None) -> None:
@@ -193,17 +198,26 @@ class Running:
         batch = augment(self.data.pixels(indices).to(self.device), self.config, self.generator)
         given = self.data.labels[indices].to(self.device)
         total = torch.zeros((), device=self.device)
+        shown: list[tuple[Tensor, Tensor]] = []
         for pixels, labels in zip(batch.chunk(self.parts), given.chunk(self.parts), strict=True):
-            share = len(pixels) / len(batch)
             self.model.train()
-            with autocast(self.device, self.config.precision):
-                if change is not None:
+            if change is not None:
+                with autocast(self.device, self.config.precision):
                     pixels, labels = change(self.model, pixels, labels)
-                out = self.model(pixels)
-            loss = F.cross_entropy(out.float(), labels) * share
-            loss.backward()
-            total += loss.detach()
+            total += self._backward(pixels, labels, len(batch))
+            shown.append((pixels.detach(), labels))
+        if self.sharpness:
+            with sharpest(self.model, self.sharpness):
+                for pixels, labels in shown:
+                    self._backward(pixels, labels, len(batch))
         return total
+
+    def _backward(self, pixels: Tensor, labels: Tensor, whole: int) -> Tensor:
+        with autocast(self.device, self.config.precision):
+            out = self.model(pixels)
+        loss = F.cross_entropy(out.float(), labels) * (len(pixels) / whole)
+        loss.backward()
+        return loss.detach()
 
     def check(self, title: str) -> None:
         """Raises NumericalError if a loss, or a weight, isn't finite."""

@@ -93,7 +93,7 @@ class AFTConfig(AdversarialConfig):
 
     def passes(self, steps: int, data: LabeledImages) -> float:
         """See `AdversarialConfig.passes`; a forward pass of the infected model alone counts as a third."""
-        each = 4 / 3 if self.belief > 0 else 1.0
+        each = self.passes_a_step + (1 / 3 if self.belief > 0 else 0.0)
         each += self.adversarial_share * (self.pgd_steps if self.stand_ins == "pgd" else self.inversion_steps)
         images = steps * self.batch_size * each
         if self.stand_ins != "pgd" and self.adversarial_share > 0:
@@ -226,7 +226,8 @@ def aft(
         if config.belief > 0:
             change = with_belief(infected, change, config.belief)
         around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
-        fit(purified, data, steps=count, config=config, change=change, memory=shared, **around)
+        learnt = {"change": change, "memory": shared, "sharpness": config.sharpness}
+        fit(purified, data, steps=count, config=config, **learnt, **around)
         passes = config.but(adversarial_share=share).passes(count, data)
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
     if found is None:

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from unplant.classifier import logits
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
+from unplant.params import Real
 from unplant.registry import Registry
 from unplant.results import Erasure, Progress
 from unplant.training import FitConfig
@@ -21,6 +23,18 @@ class EraserConfig(FitConfig):
 
     `flip` left at none means: mirror images if the infected model itself doesn't mind.
     """
+
+    sharpness: Real = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="sharpness-aware minimisation: its step in the weights, in shares of them; twice the cost; 0: none",
+    )
+
+    @property
+    def passes_a_step(self) -> int:
+        """Forward+backward passes of the step itself, per image of a batch."""
+        return 2 if self.sharpness else 1
 
 
 class EraserFunction(Protocol):

@@ -35,7 +35,9 @@ class AdversarialConfig(EraserConfig):
 
     def passes(self, steps: int, data: LabeledImages) -> float:
         """The cost of that many steps, in forward+backward passes per image of the data."""
-        return round(steps * self.batch_size * (1 + self.adversarial_share * self.pgd_steps) / len(data), 2)
+        return round(
+            steps * self.batch_size * (self.passes_a_step + self.adversarial_share * self.pgd_steps) / len(data), 2
+        )
 
 
 AdversarialType = TypeVar("AdversarialType", bound=AdversarialConfig)
@@ -126,7 +128,7 @@ def adversarial_fine_tuning(
 
     change = adversarial if trigger is None else with_trigger
     around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
-    fit(purified, data, steps=steps, config=config, change=change, **around)
+    fit(purified, data, steps=steps, config=config, change=change, sharpness=config.sharpness, **around)
     return purified
 
 
