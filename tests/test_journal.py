@@ -52,12 +52,12 @@ class Learner:
         return self.patches.apply(pixels, targets), labels
 
 
-def train(journal, *, cut=None, model=None, data=None, config=CONFIG, seed=5, steps=STEPS, title="training"):
+def train(journal, *, cut=None, model=None, data=None, config=CONFIG, seed=5, steps=STEPS, title="training", **more):
     """Weights, loss, a draw of the generator afterwards, and how many steps were done here; or None if it was cut."""
     model = copy.deepcopy(model or network())
     generator = torch.Generator().manual_seed(seed)
     learner = Learner(generator, cut)
-    around = {"change": learner, "memory": [learner.patches], "journal": journal, "title": title}
+    around = {"change": learner, "memory": [learner.patches], "journal": journal, "title": title, **more}
     try:
         loss = fit(model, data or images(), steps=steps, config=config, generator=generator, **around)
     except Cut:
@@ -89,6 +89,16 @@ def test_a_training_cut_off_at_any_step_goes_on_to_the_same_weights(tmp_path, wh
     resumed = train(Journal(tmp_path, seconds=0))
     assert equal(resumed, whole)
     assert resumed[2] == STEPS - cut, "steps that were written down were done again"
+
+
+def test_sharpness_goes_on_too_and_is_another_training_than_none(tmp_path, whole):
+    sharp = train(Journal(), sharpness=0.5)
+    assert not torch.allclose(sharp[0][0], whole[0][0], atol=1e-4)
+    assert train(Journal(tmp_path, seconds=0), cut=5, sharpness=0.5) is None
+    resumed = train(Journal(tmp_path, seconds=0), sharpness=0.5)
+    assert equal(resumed, sharp)
+    assert resumed[2] == STEPS - 5
+    assert train(Journal(tmp_path, seconds=0))[2] == STEPS, "a page of another sharpness was taken"
 
 
 def test_the_folder_is_made_when_it_is_needed_or_told_of(tmp_path, whole):
@@ -208,8 +218,8 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("kind", ERRORS)
-def test_a_batch_that_does_not_fit_is_worked_off_in_parts_and_stays_the_batch_it_is(kind):
+@pytest.mark.parametrize(("kind", "sharpness"), [*((kind, 0.0) for kind in ERRORS), ("accelerator", 0.5)])
+def test_a_batch_that_does_not_fit_is_worked_off_in_parts_and_stays_the_batch_it_is(kind, sharpness):
     config = FitConfig(lr=0.1, batch_size=16, padding=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -217,7 +227,7 @@ def test_a_batch_that_does_not_fit_is_worked_off_in_parts_and_stays_the_batch_it
     start, halved, greedy = copy.deepcopy(plain), copy.deepcopy(plain), Greedy(5, ERRORS[kind])
     for model, change in ((plain, None), (halved, greedy)):
         generator = torch.Generator().manual_seed(0)
-        fit(model, images(), steps=6, config=config, generator=generator, change=change)
+        fit(model, images(), steps=6, config=config, generator=generator, change=change, sharpness=sharpness)
     assert greedy.sizes[:6] == [16, 8, 4, 4, 4, 4], "16, then 8, then 4 that fit"
     assert set(greedy.sizes[6:]) == {4}, "what didn't fit is not tried again"
     for a, b in itertools.zip_longest(plain.parameters(), halved.parameters()):
