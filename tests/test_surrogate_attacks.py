@@ -229,9 +229,10 @@ def test_the_patch_raises_its_neurons_far_above_random_patches(trained, digits_t
         with torch.no_grad():
             return float(penultimate(trained, to_pixels(stamped))[0][:, chosen].mean())
 
-    random = [fired(torch.rand(1, 5, 5, generator=generator)) for _ in range(20)]
-    assert fired(patch) > max(random)
-    assert fired(patch) > 1.2 * sum(random) / len(random)
+    random = torch.tensor([fired(torch.rand(1, 5, 5, generator=generator)) for _ in range(20)])
+    assert fired(patch) > random.max()
+    # Far above, by their spread: how much of the mean comes from the patch depends on the net, and so on the processor.
+    assert fired(patch) > random.mean() + 8 * random.std()
 
 
 @pytest.mark.parametrize(("shape", "edge"), [((3, 32, 32), 6), ((1, 16, 16), 3), ((1, 24, 9), 2), ((3, 8, 8), 2)])
