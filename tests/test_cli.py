@@ -395,7 +395,7 @@ def test_what_was_found_in_the_model_itself_is_said_in_other_words():
 @pytest.mark.slow
 def test_aft_names_the_target_of_an_infected_model_and_shows_the_trigger(capsys, tmp_path):
     planted = ["plant", "digits:train", "--attack", "badnets", "--target", 3, "--test", "digits:test"]
-    assert call(capsys, *planted, "--set", "epochs=10", "-o", tmp_path / "infected")[0] == 0
+    assert call(capsys, *planted, "--set", "epochs=20", "-o", tmp_path / "infected")[0] == 0
     erase = ["erase", tmp_path / "infected", "--clean", "digits:train", "--max-images", 100, "--set", "steps=20"]
     code, out, _ = call(capsys, *erase, "--seed", 1, "-o", tmp_path / "out", "--json")
     said = json.loads(out)["findings"]
