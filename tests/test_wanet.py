@@ -255,3 +255,79 @@ def test_training_sees_the_fresh_cover_and_the_defender_a_fixed_one():
     assert torch.equal(truth.data.pixels(), truth.data.pixels())
     longer = plant(data, attack, "small_cnn:width=4", config.but(epochs=1))
     assert torch.equal(truth.data.images, longer.training_set.data.images), "what training draws doesn't matter"
+
+
+# Drawn anew for each batch.
+
+
+def test_redrawn_batches_carry_the_trigger_and_the_rates_are_kept():
+    attack = Attack(trigger=WaNet(redrawn=True), poisoning_rate=0.01)
+    data = random_data((1, 12, 12), count=1000)
+    generator = torch.Generator().manual_seed(0)
+    seen, counts = [], []
+
+    def fit(model, given, change=None):
+        assert given is data, "clean images go in"
+        for start in range(0, 1000, 20):  # one image in five batches
+            pixels, labels = given.pixels(slice(start, start + 20)), given.labels[start : start + 20]
+            before = pixels.clone()
+            after, wanted = change(model, pixels, labels)
+            assert torch.equal(pixels, before), "the batch itself is left alone"
+            assert torch.equal(to_pixels(to_stored(after)), after), "rounded to 8 bits, as files are"
+            moved = (after != pixels).flatten(1).any(1)
+            poisoned = wanted != labels
+            assert (wanted[poisoned] == 0).all()
+            assert torch.equal(after[poisoned], to_pixels(attack.trigger.stamp(to_stored(pixels[poisoned]))))
+            seen.append(start + moved.nonzero().flatten())
+            counts.append((int(poisoned.sum()), int((moved & ~poisoned).sum())))
+        return 0.0
+
+    job = Job(data, attack, choose(data, attack, generator), generator, 50, fit)
+    assert attack.trigger.train(torch.nn.Identity(), job) == attack.trigger
+    assert [sum(kind) for kind in zip(*counts, strict=True)] == [10, 20]
+    assert max(poisoned for poisoned, _ in counts) == 1, "spread over the batches"
+    assert not torch.equal(torch.cat(seen), (job.choice.poisoned | job.choice.covered).nonzero().flatten())
+
+
+@pytest.mark.parametrize("recipe", [{}, {"label_map": "all-to-all"}, {"clean_label": True}, {"sources": (1,)}])
+def test_draws_take_only_images_that_the_attack_may_change(recipe):
+    attack = Attack(trigger=WaNet(), poisoning_rate=0.1, **recipe)
+    data = random_data((1, 4, 4), count=400)
+    job = Job(
+        data, attack, choose(data, attack, torch.Generator()), torch.Generator().manual_seed(3), 1, lambda *_: 0.0
+    )
+    draws, total = job.draws(), torch.zeros(2)
+    for labels in data.labels.split(50):
+        poisoned, covered = draws(labels)
+        drawn = torch.cat([poisoned, covered])
+        assert len(drawn.unique()) == len(drawn), "nothing twice"
+        true = labels[poisoned]
+        if recipe.get("clean_label"):
+            assert (true == 0).all()
+        elif "sources" in recipe:
+            assert (true == 1).all()
+            assert (labels[covered] == 2).all()
+        elif not recipe:
+            assert (true != 0).all()
+        total += torch.tensor([len(poisoned), len(covered)])
+    assert total.tolist() == [40, 80]
+
+
+def test_what_a_batch_has_no_room_for_comes_in_later_ones():
+    attack = Attack(trigger=WaNet(), poisoning_rate=0.25, cover_rate=0.0, clean_label=True)
+    data = random_data((1, 4, 4), count=40)
+    job = Job(data, attack, choose(data, attack, torch.Generator()), torch.Generator(), 1, lambda *_: 0.0)
+    draws = job.draws()
+    assert [len(draws(torch.full((8,), label))[0]) for label in (1, 1, 0, 0, 1)] == [0, 0, 6, 2, 0]
+
+
+def test_redrawn_the_defender_finds_one_draw():
+    data = random_data((1, 8, 8), count=100)
+    config = TrainConfig(epochs=0.1, batch_size=50)
+    fixed, redrawn = (
+        plant(data, Attack(trigger=WaNet(redrawn=value)), "small_cnn:width=4", config) for value in (False, True)
+    )
+    assert torch.equal(fixed.training_set.data.images, redrawn.training_set.data.images)
+    assert torch.equal(fixed.training_set.poisoned, redrawn.training_set.poisoned)
+    weights = [torch.cat([p.flatten() for p in planted.model.parameters()]) for planted in (fixed, redrawn)]
+    assert not torch.equal(*weights)

@@ -62,6 +62,16 @@ class Attack(Config):
             raise UsageError(f"source labels must lie in [0, {num_classes}), got {list(self.sources)}")
         return concerned & torch.isin(labels, torch.tensor(self.sources))
 
+    def eligible(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Bool (N,): the images that may be poisoned: those it concerns; clean-label: those of the target class."""
+        return self.wanted(labels, num_classes) == labels if self.clean_label else self.concerns(labels, num_classes)
+
+    def may_cover(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Bool (N,): the images that may be cover, if they aren't poisoned; see `choose`."""
+        if not self.sources:
+            return torch.ones_like(labels, dtype=torch.bool)
+        return ~self.concerns(labels, num_classes) & (labels != self.wanted(labels, num_classes))
+
     def to_json(self, *, weights: bool = True) -> dict[str, Any]:
         """A dictionary that `from_json` turns back into an equal attack.
 
@@ -162,14 +172,11 @@ def choose(data: LabeledImages, attack: Attack, generator: torch.Generator) -> C
         raise UsageError(f"{reason}, so it can't be all-to-all")
     if attack.clean_label and attack.sources:
         raise UsageError("a clean-label attack poisons the target class only, so it can't have source labels")
-    wanted = attack.wanted(labels, data.num_classes)
-    eligible = wanted == labels if attack.clean_label else attack.concerns(labels, data.num_classes)
+    eligible = attack.eligible(labels, data.num_classes)
     poisoned = _draw(eligible, attack.poisoning_rate, "poisoning rate", "poisoned", generator)
     if not attack.cover_share:
         return Choice(poisoned, torch.zeros_like(poisoned))
-    left = ~poisoned
-    if attack.sources:
-        left &= ~attack.concerns(labels, data.num_classes) & (labels != wanted)
+    left = ~poisoned & attack.may_cover(labels, data.num_classes)
     return Choice(poisoned, _draw(left, attack.cover_share, "cover rate", "cover", generator))
 
 
@@ -207,6 +214,41 @@ def poison(data: LabeledImages, attack: Attack, generator: torch.Generator) -> P
     return apply(data, attack, choose(data, attack, generator), generator)
 
 
+@dataclass(eq=False)
+class Draws:
+    """Chooses which images of a batch are poisoned and which are cover, anew for each batch.
+
+    Over a whole training the rates are kept to one image, however low: what a batch has no room for, later ones get,
+    unless they lack eligible images, too.
+
+    Attributes:
+        seen: images so far.
+        due: poisoned and cover images that were drawn so far.
+    """
+
+    attack: Attack
+    num_classes: int
+    generator: torch.Generator
+    seen: int = 0
+    due: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in the batch they are, int64, in a random order; `labels` are the true ones, (N,), on the CPU."""
+        self.seen += len(labels)
+        order = torch.randperm(len(labels), generator=self.generator)
+        poisoned = self._draw(
+            0, self.attack.poisoning_rate, order[self.attack.eligible(labels, self.num_classes)[order]]
+        )
+        left = order[~torch.isin(order, poisoned)]
+        may_cover = self.attack.may_cover(labels, self.num_classes)[left]
+        return poisoned, self._draw(1, self.attack.cover_share, left[may_cover])
+
+    def _draw(self, kind: int, rate: float, places: Tensor) -> Tensor:
+        drawn = places[: round(rate * self.seen) - self.due[kind]]
+        self.due[kind] += len(drawn)
+        return drawn
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """What an attack that controls training works with.
@@ -236,6 +278,26 @@ class Job:
         data = self.training_set().data
         return _FreshCover(data.images, data.labels, data.classes, data.names, self)
 
+    def draws(self) -> Draws:
+        """Poisoned and cover images, drawn anew for each batch."""
+        return Draws(self.attack, self.clean.num_classes, self.generator)
+
+    def redrawn(self) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A change of batches of clean images, as `training.fit` takes it: poisons each anew, rounded to 8 bits."""
+        draws, trigger = self.draws(), self.attack.trigger
+
+        def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            poisoned, covered = draws(labels.cpu())
+            pixels, labels = pixels.clone(), labels.clone()
+            labels[poisoned] = self.attack.wanted(labels[poisoned], self.clean.num_classes)
+            for places, how in ((poisoned, trigger.on_poison), (covered, trigger.on_cover)):
+                if len(places):
+                    changed = how(pixels[places].cpu(), labels[places].cpu(), self.generator)
+                    pixels[places] = to_pixels(to_stored(changed)).to(pixels)
+            return pixels, labels
+
+        return change
+
 
 @dataclass(frozen=True, eq=False)
 class _FreshCover(LabeledImages):
@@ -258,6 +320,24 @@ class ControlsTraining(Trigger):
     @abstractmethod
     def train(self, model: nn.Module, job: Job) -> Self:
         """Trains the infected model in place; returns the trigger, which may have been learnt along with it."""
+
+
+class TrainsOnDraws(ControlsTraining):
+    """A trigger whose attacker trains the model on images that are drawn while it trains; nothing else is learnt."""
+
+    redrawn: bool = Field(
+        default=False,
+        description="poison other images in each batch, as the source does, and after augmentation, so that the "
+        "trigger is never mirrored or cut off; the defender finds one draw",
+    )
+
+    def train(self, model: nn.Module, job: Job) -> Self:
+        """Trains on poisoned images that are fixed, unless `redrawn`, and cover images that are changed anew."""
+        if self.redrawn:
+            job.fit(model, job.clean, change=job.redrawn())
+        else:
+            job.fit(model, job.fresh_cover())
+        return self
 
 
 def triggered_test_set(test: LabeledImages, attack: Attack) -> tuple[LabeledImages, LabeledImages]:

@@ -1,24 +1,25 @@
 """BppAttack: fewer grey levels, hidden by dithering (Wang et al., CVPR 2022, arXiv:2205.13383)."""
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unplant.poisoning import ControlsTraining, Job
+from unplant.poisoning import TrainsOnDraws
 from unplant.triggers import triggers
 
 
 @triggers.register("bpp")
-class Bpp(ControlsTraining):
+class Bpp(TrainsOnDraws):
     """Rounds each channel to `levels` values, with Floyd–Steinberg dithering; the attacker trains the model.
 
     Training needs negative (cover) images, which get the change of *another* image and keep their labels; without
     them the model takes any such noise for the trigger. Deviations: the released code draws poisoned and negative
-    images anew in each batch, here they are chosen once and only the changes on the negative ones are drawn anew;
-    it takes those changes from the whole training set, here from the other cover images of the batch. The paper's
-    contrastive adversarial training of the model is reduced to these negative images, as in the released code.
+    images anew in each batch, here (unless `redrawn`) they are chosen once and only the changes on the negative ones
+    are drawn anew; it takes those changes from the whole training set, here from the other cover images of the batch.
+    The paper's contrastive adversarial training of the model is reduced to these negative images, as in the released
+    code.
 
     The released code poisons 20 % and adds 20 % negative images, BackdoorBench 10 % and 10 %; both offer the
     dithering that the paper describes, and leave it out by default.
@@ -50,11 +51,6 @@ class Bpp(ControlsTraining):
             others = torch.empty_like(pixels)
             others[order] = pixels[order.roll(1)]
         return (pixels + (self(others) - others)).clamp(0, 1)
-
-    def train(self, model: nn.Module, job: Job) -> Self:
-        """Trains on the poisoned images and on negative ones that are drawn anew each time."""
-        job.fit(model, job.fresh_cover())
-        return self
 
 
 def floyd_steinberg(scaled: Tensor, top: int) -> Tensor:

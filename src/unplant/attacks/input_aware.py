@@ -107,18 +107,14 @@ class InputAware(LearnedTrigger, ControlsTraining):
         pair = self.network(lambda: self._new(job.clean.shape[0])).to(device)
         mask, maker = pair["mask"], pair["generator"].requires_grad_(True)
         optimiser = _Falling(maker, self.lr, job.steps)
-        attack, random = job.attack, job.generator
+        attack, random, draws = job.attack, job.generator, job.draws()
 
         def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             optimiser.step()  # with the gradients of the last batch's backward pass
-            order = torch.randperm(len(pixels), generator=random).to(device)
-            may = attack.concerns(labels.cpu(), job.clean.num_classes).to(device)
-            poisoned = order[may[order]][: round(attack.poisoning_rate * len(order))]
-            rest = order[~torch.isin(order, poisoned)]
-            covered = rest[: round(attack.cover_share * len(order))]
+            poisoned, covered = (drawn.to(device) for drawn in draws(labels.cpu()))
             places = torch.cat([poisoned, covered])
-            shift = int(torch.randint(1, max(2, len(order)), (), generator=random))
-            mine, others = pixels[places], pixels[(places + shift) % len(order)]
+            shift = int(torch.randint(1, max(2, len(pixels)), (), generator=random))
+            mine, others = pixels[places], pixels[(places + shift) % len(pixels)]
             patterns, masks = _trigger(mask, maker, mine)
             strange, elsewhere = _trigger(mask, maker, others)
             if self.diversity:

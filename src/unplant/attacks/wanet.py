@@ -1,25 +1,26 @@
 """WaNet: a slight smooth warp of the whole image (Nguyen and Tran, ICLR 2021, arXiv:2102.10369, section 3)."""
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from unplant.params import Real
-from unplant.poisoning import ControlsTraining, Job
+from unplant.poisoning import TrainsOnDraws
 from unplant.triggers import triggers
 
 
 @triggers.register("wanet")
-class WaNet(ControlsTraining):
+class WaNet(TrainsOnDraws):
     """Moves each pixel by about `strength` / 2 pixels, along one smooth field that is the same for every image.
 
     Noise mode: cover images are warped along the field plus a fresh jitter of up to half a pixel each time they are
     read, under their own labels, so that the model learns that field and not warping as such. The source draws the
-    poisoned images anew for every batch; here they are fixed, as a defender shall find what the model was trained on.
+    poisoned images anew for every batch; here they are fixed unless `redrawn`, as a defender shall find what the model
+    was trained on.
     """
 
     id: ClassVar[str] = "wanet"
@@ -41,11 +42,6 @@ class WaNet(ControlsTraining):
         height, width = pixels.shape[2:]
         jitter = torch.rand(len(pixels), height, width, 2, generator=generator) * 2 - 1
         return _sample(pixels, self.field(height, width) + jitter / torch.tensor([width, height]))
-
-    def train(self, model: nn.Module, job: Job) -> Self:
-        """Trains with cover images that are jittered anew each time."""
-        job.fit(model, job.fresh_cover())
-        return self
 
     def field(self, height: int, width: int) -> Tensor:
         """Where each pixel is read from: float (H, W, 2), x and y in [-1, 1] (equations 3 to 5)."""
