@@ -201,7 +201,7 @@ def spied(job_data, rate=0.3, classes=3, **settings):
     choice = choose(job_data, attack, generator)
     seen = {}
 
-    def fit(model, data, change=None):
+    def fit(model, data, change=None, memory=()):
         indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(2))[:30]
         seen.update(before=data.pixels(indices), told=data.labels[indices])
         seen["after"], seen["labels"] = change(model, seen["before"], seen["told"])
@@ -257,7 +257,7 @@ def test_the_generator_gets_its_gradient_from_both_losses(reached, diversity):
     job, seen = spied(data, diversity=diversity)
     steps = []
 
-    def fit(model, data, change, steps=steps, seen=seen, reached=reached):
+    def fit(model, data, change, memory, steps=steps, seen=seen, reached=reached):
         indices = torch.arange(50)
         for _ in range(2):
             out, _ = change(model, data.pixels(indices), data.labels[indices])
@@ -278,7 +278,7 @@ def test_a_batch_of_target_images_gets_no_poison():
     job, _ = spied(data)
     seen = []
 
-    def fit(model, data, change):
+    def fit(model, data, change, memory):
         labels = torch.zeros(20, dtype=torch.int64)
         seen.append((labels, *change(model, data.pixels(slice(0, 20)), labels)))
         return 0.0

@@ -10,6 +10,7 @@ from attack_helpers import random_data
 from unplant.attacks import parse_attack
 from unplant.attacks.wanet import WaNet
 from unplant.images import LabeledImages, to_pixels, to_stored
+from unplant.journal import Journal
 from unplant.planting import TrainConfig, plant
 from unplant.poisoning import Attack, Job, choose
 
@@ -236,7 +237,7 @@ def test_training_sees_the_fresh_cover_and_the_defender_a_fixed_one():
     data = random_data((1, 8, 8), count=100)
     attack, generator = Attack(trigger=WaNet(), poisoning_rate=0.1), torch.Generator().manual_seed(0)
 
-    def fit(model, data, change=None):
+    def fit(model, data, change=None, memory=()):
         seen.extend(data.pixels(slice(0, 100)) for _ in range(2))
         assert change is None
         return 0.0
@@ -266,7 +267,7 @@ def test_redrawn_batches_carry_the_trigger_and_the_rates_are_kept():
     generator = torch.Generator().manual_seed(0)
     seen, counts = [], []
 
-    def fit(model, given, change=None):
+    def fit(model, given, change=None, memory=()):
         assert given is data, "clean images go in"
         for start in range(0, 1000, 20):  # one image in five batches
             pixels, labels = given.pixels(slice(start, start + 20)), given.labels[start : start + 20]
@@ -331,3 +332,39 @@ def test_redrawn_the_defender_finds_one_draw():
     assert torch.equal(fixed.training_set.poisoned, redrawn.training_set.poisoned)
     weights = [torch.cat([p.flatten() for p in planted.model.parameters()]) for planted in (fixed, redrawn)]
     assert not torch.equal(*weights)
+
+
+# Killed while it is trained.
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("spec", ["wanet", "wanet:redrawn=true", "bpp", "input_aware:mask_steps=2,width=4"])
+def test_a_planting_that_was_killed_goes_on_to_the_same_model(tmp_path, spec):
+    """60 steps, killed after 40; what is learnt beside the model (random numbers, counts, networks) goes on, too."""
+    data, told = random_data((3, 8, 8), count=60), []
+    attack, config = parse_attack(spec, poisoning_rate=0.083), TrainConfig(epochs=10, batch_size=10)
+
+    def planting(journal, killed_after=None):
+        def progress(title, share):
+            told.append((title, round(share * 60)))
+            if title == "training" and round(share * 60) == killed_after:
+                raise Killed
+
+        return plant(data, attack, "small_cnn:width=4", config, journal=journal, progress=progress)
+
+    whole = planting(Journal())
+    with pytest.raises(Killed):
+        planting(Journal(tmp_path, seconds=0), killed_after=40)
+    told.clear()
+    resumed = planting(Journal(tmp_path, seconds=0))
+    steps = [step for title, step in told if title == "training"]
+    assert min(steps) > 40, "steps that were written down were done again"
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    assert whole.attack == resumed.attack
+    assert torch.equal(whole.training_set.data.images, resumed.training_set.data.images)
+    other = plant(data, parse_attack(spec, poisoning_rate=0.2), "small_cnn:width=4", config, journal=Journal(tmp_path))
+    assert not torch.equal(*(next(iter(planted.model.parameters())) for planted in (whole, other)))

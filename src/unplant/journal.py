@@ -38,6 +38,10 @@ class Journal:
     def __init__(self, folder: Path | str | None = None, *, seconds: float = SECONDS, salt: str = "") -> None:
         self.folder, self.seconds, self.salt = Path(folder) if folder is not None else None, seconds, salt
 
+    def of(self, matter: Any) -> "Journal":
+        """The same, for trainings that depend on this (plain values) as well."""
+        return Journal(self.folder, seconds=self.seconds, salt=json.dumps([self.salt, matter]))
+
     def page(self, *settings: Any, tensors: Iterable[Tensor]) -> "Page":
         """The page of the training that starts from these settings (plain values) and tensors."""
         if self.folder is None:

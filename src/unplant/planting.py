@@ -50,7 +50,7 @@ def plant(
         seed: of the choice of poisoned images, the weights and the order.
         device: where to train.
         progress: told the share of training done.
-        journal: where the training is written down; not used where the attacker controls it.
+        journal: where the training is written down; what triggers learn before it is learnt anew.
 
     Returns:
         The model, the training set, and the attack with all that its trigger has learnt.
@@ -66,7 +66,8 @@ def plant(
     attack = attack.but(trigger=learnt)
     model = new_classifier(architecture, data, seed=seed, device=device)
     order, steps = torch.Generator().manual_seed(seed), steps_of(config.epochs, data, config.batch_size)
-    loop = partial(fit, steps=steps, config=config, generator=order, progress=progress)
+    own = journal.of(attack.to_json())
+    loop = partial(fit, steps=steps, config=config, generator=order, progress=progress, journal=own)
     trained = learnt.train(model, Job(data, attack, choice, generator, steps, loop))
     attack = attack.but(trigger=trained)
     changes = torch.Generator().manual_seed(seed)

@@ -243,6 +243,14 @@ class Draws:
         may_cover = self.attack.may_cover(labels, self.num_classes)[left]
         return poisoned, self._draw(1, self.attack.cover_share, left[may_cover])
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """How far it is."""
+        return {"counts": torch.tensor([self.seen, *self.due])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to there."""
+        self.seen, *self.due = state["counts"].tolist()
+
     def _draw(self, kind: int, rate: float, places: Tensor) -> Tensor:
         drawn = places[: round(rate * self.seen) - self.due[kind]]
         self.due[kind] += len(drawn)
@@ -259,7 +267,9 @@ class Job:
         choice: which of them are poisoned, which are cover.
         generator: CPU generator of the images' changes.
         steps: gradient steps that `fit` will do.
-        fit: `training.fit` with steps, configuration and generator filled in: `fit(model, data, change=None)`.
+        fit: `training.fit` with steps, configuration, order and journal filled in:
+            `fit(model, data, change=None, memory=())`. What the training learns or draws beside the model must be in
+            `memory`, the job itself for its generator, so that a killed training goes on.
     """
 
     clean: LabeledImages
@@ -268,6 +278,14 @@ class Job:
     generator: torch.Generator
     steps: int
     fit: Callable[..., float]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of its generator."""
+        return {"random": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to that."""
+        self.generator.set_state(state["random"])
 
     def training_set(self) -> PoisonedImages:
         """The poisoned training set, as a defender would get it."""
@@ -282,9 +300,9 @@ class Job:
         """Poisoned and cover images, drawn anew for each batch."""
         return Draws(self.attack, self.clean.num_classes, self.generator)
 
-    def redrawn(self) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def redrawn(self, draws: Draws) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A change of batches of clean images, as `training.fit` takes it: poisons each anew, rounded to 8 bits."""
-        draws, trigger = self.draws(), self.attack.trigger
+        trigger = self.attack.trigger
 
         def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             poisoned, covered = draws(labels.cpu())
@@ -334,9 +352,10 @@ class TrainsOnDraws(ControlsTraining):
     def train(self, model: nn.Module, job: Job) -> Self:
         """Trains on poisoned images that are fixed, unless `redrawn`, and cover images that are changed anew."""
         if self.redrawn:
-            job.fit(model, job.clean, change=job.redrawn())
+            draws = job.draws()
+            job.fit(model, job.clean, change=job.redrawn(draws), memory=(job, draws))
         else:
-            job.fit(model, job.fresh_cover())
+            job.fit(model, job.fresh_cover(), memory=(job,))
         return self
 
 

@@ -1,5 +1,6 @@
 """Input-aware: a network makes each image its own trigger (Nguyen and Tran, NeurIPS 2020, arXiv:2010.08138)."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -126,7 +127,7 @@ class InputAware(LearnedTrigger, ControlsTraining):
             # Rounded as files are, with the gradient of the identity.
             return changed + ((changed.clamp(0, 1) * 255).round() / 255 - changed).detach(), labels
 
-        job.fit(model, job.clean, change=change)
+        job.fit(model, job.clean, change=change, memory=(job, draws, pair, optimiser))
         return self.with_tensors(pair.state_dict())
 
     def _new(self, channels: int, seed: int = 0) -> nn.ModuleDict:
@@ -196,7 +197,7 @@ def _sameness(a: Tensor, b: Tensor, made_of_a: Tensor, made_of_b: Tensor) -> Ten
 
 
 class _Falling:
-    """Adam whose learning rate falls to 0 in a straight line."""
+    """Adam whose learning rate falls to 0 in a straight line; its state is tensors, as a journal wants it."""
 
     def __init__(self, network: nn.Module, lr: float, steps: int) -> None:
         self.adam = torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.9))
@@ -209,3 +210,22 @@ class _Falling:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         self.done += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Adam's memory, and the gradients that wait for the next step."""
+        state = {"done": torch.tensor(self.done)}
+        for place, parameter in enumerate(self.adam.param_groups[0]["params"]):
+            state |= {f"{place}.{name}": value for name, value in self.adam.state[parameter].items()}
+            if parameter.grad is not None:
+                state[f"{place}.grad"] = parameter.grad
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to that."""
+        self.done = int(state["done"])
+        for place, parameter in enumerate(self.adam.param_groups[0]["params"]):
+            known = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{place}.")}
+            grad = known.pop("grad", None)
+            parameter.grad = None if grad is None else grad.to(parameter)
+            for name, value in known.items():  # Adam counts its steps on the CPU
+                self.adam.state[parameter][name] = value.clone() if name == "step" else value.to(parameter)
