@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from unplant import cache
 from unplant.attacks import parse_attack, triggers
 from unplant.cache import default_folder, key_of, plant_cached, settings_of, train_cached
 from unplant.errors import UsageError, WriteError
+from unplant.journal import Journal
 from unplant.planting import TrainConfig
 from unplant.poisoning import Attack
 
@@ -344,6 +346,34 @@ def test_a_failed_planting_leaves_nothing_behind(data, tmp_path):
     with pytest.raises(UsageError, match="poisoning rate"):
         planted(data, tmp_path, BADNETS.but(poisoning_rate=0.001))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attack", [BADNETS, tiny("input_aware"), None], ids=["badnets", "input_aware", "clean"])
+def test_a_killed_planting_goes_on_and_leaves_nothing_behind(data, tmp_path, monkeypatch, attack):
+    """60 steps; killed after 40, whatever had been written down by then."""
+    monkeypatch.setattr(cache, "Journal", partial(Journal, seconds=0))
+    config, told = CONFIG.but(epochs=30), []
+
+    def planting(folder, killed_after=None):
+        def progress(title, share):
+            told.extend([round(share * 60)] if title == "training" else [])
+            if told[-1:] == [killed_after]:
+                raise KeyboardInterrupt
+
+        around = {"folder": folder, "progress": progress}
+        if attack is None:
+            return train_cached(data, ARCH, config, **around)[0]
+        return plant_cached(data, attack, ARCH, config, **around)[0].model
+
+    whole = planting(tmp_path / "whole").state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        planting(tmp_path / "cache", killed_after=40)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".journal"]
+    told.clear()
+    resumed = planting(tmp_path / "cache").state_dict()
+    assert min(told) > 40, "steps that were written down were done again"
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [""]
 
 
 def test_threads_that_plant_the_same_at_once_get_the_same(data, tmp_path, monkeypatch):

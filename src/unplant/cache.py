@@ -18,6 +18,7 @@ from unplant.classifier import Classifier
 from unplant.errors import UnplantError, WriteError
 from unplant.files import write_atomically
 from unplant.images import LabeledImages
+from unplant.journal import Journal
 from unplant.models import code_of
 from unplant.planting import Planted, TrainConfig, plant, shuffled_choice, train
 from unplant.poisoning import Attack, PoisonedImages, parse_attack
@@ -26,7 +27,7 @@ from unplant.runs import ModelCard, open_classifier, save_classifier, write_json
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever planting changes what the same settings give."""
 
 DAMAGE = (UnplantError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, SafetensorError)
@@ -88,8 +89,9 @@ def plant_cached(
     cached = _found(entry, lambda: _load(entry, settings, data, attack, architecture, seed, device))
     if cached is not None:
         return cached, True
-    with _new(entry) as part:
-        planted = plant(data, attack, architecture, config, seed=seed, device=device, progress=progress)
+    with _new(entry) as (part, journal):
+        around = {"device": device, "progress": progress, "journal": journal}
+        planted = plant(data, attack, architecture, config, seed=seed, **around)
         save_planted(part, planted, settings, architecture)
     return planted, False
 
@@ -118,8 +120,8 @@ def train_cached(
     cached = _found(entry, lambda: _open_clean(entry, settings, data, architecture, device))
     if cached is not None:
         return cached, True
-    with _new(entry) as part:
-        model = train(architecture, data, config, seed=seed, device=device, progress=progress)
+    with _new(entry) as (part, journal):
+        model = train(architecture, data, config, seed=seed, device=device, progress=progress, journal=journal)
         save_classifier(part / "model.safetensors", model, ModelCard.of(model, architecture, data))
         write_json(part / "result.json", {"settings": settings, "weights": _digest(part / "model.safetensors")})
     return model, False
@@ -146,26 +148,30 @@ def _found(entry: Path, load: Callable[[], T]) -> T | None:
 
 
 @contextmanager
-def _new(entry: Path) -> Iterator[Path]:
+def _new(entry: Path) -> Iterator[tuple[Path, Journal]]:
     """A folder to fill, made at once, before hours of work; moved to its place in one step at the end.
+
+    And the journal of that work, which stays beside it if the work was cut off, and is thrown away once it is done.
 
     If the same was planted at the same time elsewhere and is there already, that entry stays.
 
     Raises:
         WriteError: the cache can't be written.
     """
+    journal = entry.parent / f".{entry.name}.journal"
     try:
         part = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}.", suffix=".part"))
     except OSError as error:
         raise WriteError(f"can't write the cache {entry.parent}: {error.strerror or error}") from error
     try:
-        yield part
+        yield part, Journal(journal, salt=entry.name)
         try:
             part.chmod(0o755)
             part.rename(entry)
         except OSError as error:
             if not entry.is_dir():
                 raise WriteError(f"can't write {entry}: {error.strerror or error}") from error
+        shutil.rmtree(journal, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
