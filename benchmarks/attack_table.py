@@ -31,12 +31,13 @@ def scores(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["attack"] is None:
             continue
-        s = row["scores"]
+        s, never_infected = row["scores"], row.get("never_infected") or {}
+        beside = never_infected.get("acc", clean.get((row["images"], row["seed"])))
         cells = [
             row["cell"] + (f", seed {row['seed']}" if row["seed"] else ""),
             f"{row['images']:,}",
             f"{row['poisoned']:,}" + (f" + {row['cover']:,}" if row["cover"] else ""),
-            f"{percent(s['acc'])} ({percent(clean.get((row['images'], row['seed'])))})",
+            f"{percent(s['acc'])} ({percent(beside)})",
             percent(s["asr"]),
             percent(s["ra"]),
             percent(s["natural_target_rate"]),

@@ -132,3 +132,9 @@ def test_ft_sam_erases_what_plain_fine_tuning_leaves():
     assert tuned > 0.7
     assert sharp < 0.1
     assert scores[2].acc > scores[0].acc - 0.02
+
+
+def test_aft_is_sharp_by_default_and_not_as_released():
+    settings = {preset: erasers["aft"].configure(preset) for preset in ("default", "released")}
+    assert {preset: config.sharpness for preset, config in settings.items()} == {"default": 1, "released": 0}
+    assert erasers["pbe"].configure().sharpness == 0

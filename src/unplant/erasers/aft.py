@@ -47,7 +47,13 @@ class AFTConfig(AdversarialConfig):
         description="pgd: one perturbation an image; patch, universal, warp: one a class, sparse, in an L∞ ball, or a "
         "smooth displacement; mixed: patch and universal; all: these and warp, evenly",
     )
-    adversarial_share: Share = Field(default=0.3, description="share of each batch that carries a stand-in")
+    adversarial_share: Share = Field(default=0.15, description="share of each batch that carries a stand-in")
+    sharpness: Real = Field(
+        default=1,
+        ge=0,
+        le=100,
+        description="sharpness-aware minimisation: its step in the weights, in shares of them; twice the cost; 0: none",
+    )
     in_proportion: bool = Field(
         default=False,
         description="shared stand-ins: that share times the rate at which the best of them works on the model now",
@@ -56,7 +62,7 @@ class AFTConfig(AdversarialConfig):
         default=60,
         ge=0,
         description="steps of each kind to look for a trigger in the infected model; finding it decides stand_ins, "
-        "in_proportion, adversarial_share and steps where they aren't given; 0: no look, no verdict",
+        "in_proportion and steps where they aren't given; 0: no look, no verdict",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
@@ -262,12 +268,7 @@ def known_dose(found: Inverted) -> dict[str, Any]:
     Stand-ins that imitate it are at hand, so no more are taught than work. Warps join where one stood out.
     """
     warps = any(kind == "warp" for kind, _ in found.standing_out)
-    return {
-        "stand_ins": "all" if warps else "mixed",
-        "adversarial_share": 0.6 if warps else 0.4,
-        "in_proportion": True,
-        "steps": 300,
-    }
+    return {"stand_ins": "all" if warps else "mixed", "in_proportion": True, "steps": 300}
 
 
 def verdict(

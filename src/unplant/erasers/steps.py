@@ -135,6 +135,6 @@ def adversarial_fine_tuning(
 RELEASED = {
     "eps": 6 / 255, "pgd_steps": 7, "pgd_step_size": 0.2, "random_start": False, "adversarial_share": 1.0,
     "lr": 0.001, "schedule": "constant", "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128,
-    "padding": 5, "rotation": 10, "flip": True,
+    "padding": 5, "rotation": 10, "flip": True, "sharpness": 0,
 }  # fmt: skip
 """Steps 1 and 2 as the released code sets them; it doesn't clip adversarial examples to [0, 1], we do."""
