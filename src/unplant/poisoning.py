@@ -223,14 +223,14 @@ class Draws:
 
     Attributes:
         seen: images so far.
-        due: poisoned and cover images that were drawn so far.
+        drawn: poisoned and cover images so far.
     """
 
     attack: Attack
     num_classes: int
     generator: torch.Generator
     seen: int = 0
-    due: list[int] = field(default_factory=lambda: [0, 0])
+    drawn: list[int] = field(default_factory=lambda: [0, 0])
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Where in the batch they are, int64, in a random order; `labels` are the true ones, (N,), on the CPU."""
@@ -245,16 +245,16 @@ class Draws:
 
     def state_dict(self) -> dict[str, Tensor]:
         """How far it is."""
-        return {"counts": torch.tensor([self.seen, *self.due])}
+        return {"counts": torch.tensor([self.seen, *self.drawn])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes back to there."""
-        self.seen, *self.due = state["counts"].tolist()
+        self.seen, *self.drawn = state["counts"].tolist()
 
     def _draw(self, kind: int, rate: float, places: Tensor) -> Tensor:
-        drawn = places[: round(rate * self.seen) - self.due[kind]]
-        self.due[kind] += len(drawn)
-        return drawn
+        chosen = places[: round(rate * self.seen) - self.drawn[kind]]
+        self.drawn[kind] += len(chosen)
+        return chosen
 
 
 @dataclass(frozen=True, eq=False)
