@@ -19,8 +19,8 @@ class WaNet(TrainsOnDraws):
 
     Noise mode: cover images are warped along the field plus a fresh jitter of up to half a pixel each time they are
     read, under their own labels, so that the model learns that field and not warping as such. The source draws the
-    poisoned images anew for every batch; here they are fixed unless `redrawn`, as a defender shall find what the model
-    was trained on.
+    poisoned images anew for every batch, before augmentation; here they are fixed unless `redrawn` (then after it), as
+    a defender shall find what the model was trained on.
     """
 
     id: ClassVar[str] = "wanet"
