@@ -13,11 +13,12 @@ from torch import nn
 
 from unplant.attacks import input_aware
 from unplant.attacks.input_aware import InputAware, Painter
+from unplant.controlled import ControlsTraining, Job
 from unplant.data import digits
 from unplant.errors import UsageError
 from unplant.images import to_pixels, to_stored
 from unplant.planting import TrainConfig, plant, poison_only, shuffled_choice
-from unplant.poisoning import Attack, ControlsTraining, Job, choose, parse_attack, triggered_test_set
+from unplant.poisoning import Attack, choose, parse_attack, triggered_test_set
 
 SHAPE = (3, 9, 12)
 

@@ -9,10 +9,11 @@ from attack_helpers import random_data
 
 from unplant.attacks import parse_attack
 from unplant.attacks.wanet import WaNet
+from unplant.controlled import Job
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.journal import Journal
 from unplant.planting import TrainConfig, plant
-from unplant.poisoning import Attack, Job, choose
+from unplant.poisoning import Attack, choose
 
 each_size = pytest.mark.parametrize(("height", "width"), [(8, 8), (16, 16), (32, 32), (9, 24), (24, 9), (5, 40)])
 each_setting = pytest.mark.parametrize(

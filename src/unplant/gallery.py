@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from unplant import metrics, pictures
+from unplant.controlled import ControlsTraining
 from unplant.errors import UsageError
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.planting import TrainConfig, plant, poison_only
-from unplant.poisoning import Attack, ControlsTraining, triggered_test_set
+from unplant.poisoning import Attack, triggered_test_set
 from unplant.results import Progress
 from unplant.triggers import LearnedTrigger
 

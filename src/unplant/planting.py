@@ -7,10 +7,11 @@ import torch
 
 from unplant.attacks import parse_attack
 from unplant.classifier import Classifier
+from unplant.controlled import ControlsTraining, Job
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
-from unplant.poisoning import Attack, Choice, ControlsTraining, Job, PoisonedImages, apply, choose
+from unplant.poisoning import Attack, Choice, PoisonedImages, apply, choose
 from unplant.results import Progress
 from unplant.training import TrainConfig, fit, new_classifier, steps_of, train
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unplant.poisoning import TrainsOnDraws
+from unplant.controlled import TrainsOnDraws
 from unplant.triggers import triggers
 
 

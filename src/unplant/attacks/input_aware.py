@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from unplant.controlled import ControlsTraining, Job
 from unplant.errors import UsageError
 from unplant.images import EndlessBatches, LabeledImages
 from unplant.params import Real, Share
-from unplant.poisoning import ControlsTraining, Job
 from unplant.results import Progress
 from unplant.training import channel_statistics
 from unplant.triggers import Access, LearnedTrigger, triggers

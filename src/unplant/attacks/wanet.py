@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from unplant.controlled import TrainsOnDraws
 from unplant.params import Real
-from unplant.poisoning import TrainsOnDraws
 from unplant.triggers import triggers
 
 

@@ -8,6 +8,7 @@ import torch
 from unplant.cache import plant_cached
 from unplant.cli.common import check_apart, open_journal, parse_labels, parse_limits, read, set_threads
 from unplant.cli.output import emit, percent, progress_bar, say
+from unplant.controlled import ControlsTraining
 from unplant.data import write_folder
 from unplant.devices import pick_device, pick_precision
 from unplant.errors import UsageError
@@ -16,7 +17,7 @@ from unplant.files import OutputFolder
 from unplant.params import parse_settings
 from unplant.planting import TrainConfig, parse_attack, plant
 from unplant.planting import poison_only as poison_data
-from unplant.poisoning import Attack, ControlsTraining, PoisonedImages
+from unplant.poisoning import Attack, PoisonedImages
 from unplant.runs import ModelCard, environment, save_classifier, write_csv, write_json
 
 
