@@ -1,6 +1,6 @@
-"""Networks unlike the package's own, to try erasers on: `--arch benchmarks/nets.py:vgg` and `…:vit`.
+"""Networks unlike the package's own, to try erasers on: `--arch benchmarks/nets.py:vgg`, `…:vit` and `…:digits_vit`.
 
-Neither has BatchNorm; the first has no normalisation at all, the second no convolutions but for cutting patches.
+None has BatchNorm; the first has no normalisation at all, the others no convolutions but for cutting patches.
 """
 
 import torch
@@ -31,14 +31,24 @@ def vgg(num_classes: int = 10, channels: int = 3, width: int = 24) -> nn.Sequent
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 4×4 pixels as tokens, their mean as the image's features (Dosovitskiy et al., 2010.11929, small)."""
+    """Square patches as tokens, their mean as the image's features (Dosovitskiy et al., 2010.11929, small).
+
+    Args:
+        num_classes: classes.
+        channels: of the images.
+        size: height and width of the images in pixels.
+        patch: height and width of a patch; divides `size`.
+        width: numbers a token.
+        depth: blocks.
+        heads: of each block's attention.
+    """
 
     def __init__(
-        self, num_classes: int = 10, channels: int = 3, width: int = 64, depth: int = 3, heads: int = 4
+        self, num_classes: int, channels: int, *, size: int, patch: int, width: int = 64, depth: int = 3, heads: int = 4
     ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(channels, width, 4, 4)
-        self.places = nn.Parameter(torch.zeros(1, 64, width))
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.places = nn.Parameter(torch.zeros(1, (size // patch) ** 2, width))
         block = nn.TransformerEncoderLayer(
             width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -47,11 +57,16 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.places, std=0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, channels, 32, 32) → logits (N, num_classes)."""
+        """(N, channels, size, size) → logits (N, num_classes)."""
         tokens = self.patches(pixels).flatten(2).transpose(1, 2) + self.places
         return self.head(self.blocks(tokens).mean(1))
 
 
-def vit(num_classes: int = 10, channels: int = 3, width: int = 64, depth: int = 3) -> VisionTransformer:
-    """A small vision transformer for images of 32×32 pixels."""
-    return VisionTransformer(num_classes, channels, width, depth)
+def vit(num_classes: int = 10, channels: int = 3) -> VisionTransformer:
+    """A small vision transformer for images of 32×32 pixels: 64 tokens of 4×4."""
+    return VisionTransformer(num_classes, channels, size=32, patch=4)
+
+
+def digits_vit(num_classes: int = 10, channels: int = 1) -> VisionTransformer:
+    """The same for scikit-learn's digits at 16×16 pixels: 16 tokens of 4×4."""
+    return VisionTransformer(num_classes, channels, size=16, patch=4)
