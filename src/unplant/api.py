@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from unplant.behaviour import check_behaviour, check_fits, check_knows, check_purified, with_logits
-from unplant.classifier import Classifier
+from unplant.classifier import Classifier, device_of
 from unplant.data import check_data, open_data
-from unplant.devices import global_state_kept
+from unplant.devices import check_precision, global_state_kept
 from unplant.erasers import EraserConfig, erasers
 from unplant.errors import UnplantWarning, UsageError
 from unplant.journal import NOTHING, Journal
@@ -62,10 +62,12 @@ def erase(
         raise UsageError(f"{chosen.name} needs {chosen.needs} data, got {kind} data")
     if config is not None and not isinstance(config, chosen.config):
         raise UsageError(f"{chosen.name} needs a {chosen.config.__name__}, got a {type(config).__name__}")
+    config = config or chosen.configure()
     data = open_data(suspect if suspect is not None else clean)
     with global_state_kept():
         said = check_data(data)
         check_fits(model, data)
+        said += check_precision(config.precision, device_of(model))
         scored = with_logits(model, data)
         said += check_behaviour(scored, data)
         check_knows(scored, data)
@@ -73,7 +75,7 @@ def erase(
             warnings.warn(line, UnplantWarning, stacklevel=2)
         generator = torch.Generator().manual_seed(seed)
         around = {"generator": generator, "progress": progress, "journal": journal}
-        erasure = chosen.run(scored, data, config or chosen.configure(), **around)
+        erasure = chosen.run(scored, data, config, **around)
         for line in check_purified(scored, erasure.model, data, erasure.suspects)[1]:
             warnings.warn(line, UnplantWarning, stacklevel=2)
     if scored is not model and isinstance(erasure.model, Classifier):

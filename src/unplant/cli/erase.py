@@ -20,7 +20,7 @@ from unplant.cli.common import (
 from unplant.cli.evaluate import scores_table
 from unplant.cli.output import emit, progress_bar, say, say_warnings, show, verdict
 from unplant.data import check_data
-from unplant.devices import global_state_kept, pick_device, pick_precision
+from unplant.devices import check_precision, global_state_kept, pick_device, pick_precision
 from unplant.erasers import erasers
 from unplant.errors import UsageError
 from unplant.evaluation import evaluate
@@ -63,7 +63,8 @@ def run(
         how: dict[str, Any] = {"image_size": image_size, "skip_bad": skip_bad_images, "limits": limits}
         data = read(source, max_images=max_images, seed=seed, **how)
         test_data = read(test, **how) if test else None
-        warnings = check_data(data, test_data, batch_size=config.batch_size)
+        warnings = check_precision(config.precision, where)
+        warnings += check_data(data, test_data, batch_size=config.batch_size)
         means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
         infected, card = open_classifier(model, data, arch=arch, mean=means, std=stds, limits=limits)
         infected.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]

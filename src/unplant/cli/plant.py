@@ -7,10 +7,10 @@ import torch
 
 from unplant.cache import plant_cached
 from unplant.cli.common import check_apart, open_journal, parse_labels, parse_limits, read, set_threads
-from unplant.cli.output import emit, percent, progress_bar, say
+from unplant.cli.output import emit, percent, progress_bar, say, say_warnings
 from unplant.controlled import ControlsTraining
 from unplant.data import write_folder
-from unplant.devices import pick_device, pick_precision
+from unplant.devices import check_precision, pick_device, pick_precision
 from unplant.errors import UsageError
 from unplant.evaluation import evaluate
 from unplant.files import OutputFolder
@@ -47,6 +47,8 @@ def run(
     if poison_only and isinstance(planned.trigger, ControlsTraining):
         raise UsageError(f"{planned.trigger.id} controls training: its data alone would infect no model")
     config = TrainConfig(**{"precision": pick_precision(precision, where), **parse_settings(settings or [])})
+    if not poison_only:
+        say_warnings(check_precision(config.precision, where))
     output = OutputFolder(out, force=force)
     with output as folder:
         files: dict[str, Any] = {"image_size": image_size, "skip_bad": skip_bad_images, "limits": limits}
