@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import eraser_of, eraser_options, parser, run_missing, setting, test_part
+from cells import eraser_of, eraser_options, lengthened, parser, run_missing, setting, test_part
 from testbed import line_of, table
 
 from unplant.cache import plant_cached, train_cached
@@ -45,6 +45,7 @@ def main() -> None:
         else:
             planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
             model, known = planted.model, planted.attack
+        model = lengthened(model, args.lengthen)
         start = time.monotonic()
         erasure = method.run(model, clean, config, generator=torch.Generator().manual_seed(args.defence_seed))
         seconds = round(time.monotonic() - start)
@@ -55,6 +56,7 @@ def main() -> None:
             "clean_images": len(clean),
             "defence_seed": args.defence_seed,
             "test_images": len(test),
+            "lengthened": args.lengthen,
             "attack": known.to_json(weights=False) if known else None,
             "eraser": {"method": args.method, **config.model_dump(mode="json")},
             "before": measured_before(args.out, name, len(test)) or evaluate(model, test, known).to_json(),

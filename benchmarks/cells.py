@@ -5,9 +5,11 @@ attack `clean` means the same training on clean data.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,9 @@ def eraser_options(options: argparse.ArgumentParser, method: str) -> None:
     options.add_argument("--preset", default="default")
     options.add_argument("--eraser", action="append", default=[], help="setting=value of the eraser")
     options.add_argument("--label", default="", help="a name for this configuration of the eraser")
+    options.add_argument(
+        "--lengthen", type=float, default=1, help="multiply the infected model's filters before a BatchNorm by that"
+    )
     options.add_argument("--test-images", type=int, help="for quick looks: measure on so many test images at random")
 
 
@@ -121,6 +126,24 @@ def infected_by(here: Setting, attack: Attack | None, suspect_images: int | None
         part = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:suspect_images]
         data, poisoned = data.select(part), poisoned[part]
     return Infected(model, data, poisoned, known)
+
+
+def lengthened(model: nn.Module, by: float) -> nn.Module:
+    """A copy whose filters are so many times as long where a BatchNorm follows: it answers as the given one does.
+
+    Convolutions and their norms are taken for a pair if they follow each other in `Module.modules`, which is true of
+    nets that normalise after each convolution (`small_cnn`), not of pre-activation ones.
+    """
+    model = copy.deepcopy(model)
+    for before, norm in pairwise(model.modules()):
+        if isinstance(before, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+            assert norm.running_var is not None
+            with torch.no_grad():
+                for tensor in before.parameters():
+                    tensor *= by
+                norm.running_mean *= by
+                norm.running_var *= by**2
+    return model
 
 
 def run_missing(

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from cells import eraser_of, eraser_options, infected_by, parser, run_missing, setting, test_part
+from cells import eraser_of, eraser_options, infected_by, lengthened, parser, run_missing, setting, test_part
 
 from unplant.evaluation import evaluate, suspect_quality
 from unplant.poisoning import Attack
@@ -33,7 +33,7 @@ def main() -> None:
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
         it = infected_by(here, attack, args.suspect_images)
-        model, data, poisoned, known = it.model, it.data, it.poisoned, it.attack
+        model, data, poisoned, known = lengthened(it.model, args.lengthen), it.data, it.poisoned, it.attack
         start = time.monotonic()
         erasure = method.run(model, data, config, generator=torch.Generator().manual_seed(defence_seed))
         row = {
@@ -42,6 +42,7 @@ def main() -> None:
             **here.to_json(),
             "defence_seed": defence_seed,
             "suspect_images": len(data),
+            "lengthened": args.lengthen,
             "attack": known.to_json(weights=False) if known else None,
             "eraser": {"method": args.method, **config.model_dump(mode="json")},
             "before": evaluate(model, test, known).to_json(),

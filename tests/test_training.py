@@ -77,11 +77,12 @@ def test_fit_is_sgd_written_out_by_hand(schedule, momentum, weight_decay):
 def test_fit_lowers_the_loss_and_learns(few):
     model = net()
     first = fit(copy.deepcopy(model), few, steps=1, config=FitConfig(lr=0.1, batch_size=32), generator=seeded())
-    last = fit(model, few, steps=80, config=FitConfig(lr=0.1, batch_size=32), generator=seeded())
+    config = FitConfig(lr=0.1, batch_size=32, schedule="cosine")  # a constant rate ends where chance has it
+    last = fit(model, few, steps=120, config=config, generator=seeded())
     assert first > 2
     assert last < 0.5 * first
     assert evaluate(net(), few).acc < 0.25
-    assert evaluate(model, few).acc > 0.4
+    assert evaluate(model, few).acc > 0.6
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(few):

@@ -15,12 +15,16 @@ from unplant.devices import Precision, autocast, is_out_of_memory
 from unplant.errors import NumericalError, OutOfMemoryError
 from unplant.images import EndlessBatches, LabeledImages
 from unplant.journal import NOTHING, Journal, Page, weights_of
+from unplant.lengths import stretches
 from unplant.models import build
 from unplant.params import Real
 from unplant.results import Progress
 from unplant.sharpness import sharpest
 
 Schedule = Literal["constant", "cosine", "one-cycle"]
+
+PROBE = 32
+"""Images by which it is seen which weights are free in their length."""
 
 Change = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(model, pixels, labels) → the pixels and labels that the model is trained on, for instance adversarial examples.
@@ -75,6 +79,7 @@ def fit(
     change: Change | None = None,
     memory: Sequence[Remembering] = (),
     sharpness: float = 0.0,
+    scale_free: bool = False,
     progress: Progress | None = None,
     title: str = "training",
     journal: Journal = NOTHING,
@@ -93,6 +98,7 @@ def fit(
         change: applied to each augmented batch before the step.
         memory: what `change` learns from step to step.
         sharpness: radius of the step in the weights at whose end gradients are taken, see `sharpest`; 0: none.
+        scale_free: steps of long filters that are free in their length are made in shares of it, see `stretches`.
         progress: told the share of steps done.
         title: what `progress` is told.
         journal: where the training is written down, and taken up again if it was cut off. What decides it must be among
@@ -105,7 +111,7 @@ def fit(
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        running = Running(model, data, config, generator, memory, sharpness)
+        running = Running(model, data, config, generator, memory, sharpness, scale_free)
         page = running.page(journal, title, steps)
         running.restore(page.read())
         modes = [(module, module.training) for module in model.modules()]
@@ -135,6 +141,7 @@ class Running:
         losses: of each of them, scalars.
         parts: parts in which a batch is worked off.
         fresh: whether any step was done here, not read from a page.
+        stretches: factors of gradients, by weight.
     """
 
     def __init__(
@@ -145,8 +152,9 @@ class Running:
         generator: torch.Generator,
         memory: Sequence[Remembering],
         sharpness: float,
+        scale_free: bool,
     ) -> None:
-        self.sharpness = sharpness
+        self.sharpness, self.scale_free = sharpness, scale_free
         self.model, self.data, self.config, self.generator, self.memory = model, data, config, generator, memory
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.SGD(
@@ -154,6 +162,9 @@ class Running:
         )
         self.batches = EndlessBatches(data, config.batch_size, generator)
         self.device = device_of(model)
+        some = torch.arange(min(PROBE, len(data)))
+        probe = data.pixels(some).to(self.device), data.labels[some].to(self.device)
+        self.stretches = stretches(model, *probe) if scale_free else {}
         self.done, self.parts, self.fresh = 0, 1, False
         self.losses: list[Tensor] = []
 
@@ -162,7 +173,7 @@ class Running:
         if journal.folder is None or len(weights_of(self.model)) < len(self.model.state_dict()):
             return NOTHING.page(tensors=())
         settings = self.config.model_dump(mode="json")
-        about = (title, steps, settings, self.sharpness, self.data.fingerprint(), str(self.device))
+        about = (title, steps, settings, self.sharpness, self.scale_free, self.data.fingerprint(), str(self.device))
         return journal.page(*about, tensors=self.state().values())
 
     def step(self, lr: float, change: Change | None) -> None:
@@ -188,6 +199,9 @@ class Running:
             torch.set_rng_state(states[1])
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        for weight, factors in self.stretches.items():
+            if weight.grad is not None:
+                weight.grad.mul_(factors)
         self.optimiser.step()
         self.losses.append(loss)
         self.done += 1

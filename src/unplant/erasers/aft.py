@@ -232,8 +232,9 @@ def aft(
         if config.belief > 0:
             change = with_belief(infected, change, config.belief)
         around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
-        learnt = {"change": change, "memory": shared, "sharpness": config.sharpness}
-        fit(purified, data, steps=count, config=config, **learnt, **around)
+        learnt = {"change": change, "memory": shared}
+        how = {"sharpness": config.sharpness, "scale_free": config.scale_free}
+        fit(purified, data, steps=count, config=config, **learnt, **how, **around)
         passes = config.but(adversarial_share=share).passes(count, data)
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
     if found is None:

@@ -32,6 +32,9 @@ class AdversarialConfig(EraserConfig):
     pgd_step_size: Share = Field(default=0.67, gt=0, description="length of a PGD step, as a share of eps")
     random_start: bool = Field(default=True, description="PGD begins at a random point of the ball")
     adversarial_share: Share = Field(default=0.5, description="share of each batch that is made adversarial")
+    scale_free: bool = Field(
+        default=True, description="steps of long filters before a BatchNorm are made in shares of their length"
+    )
 
     def passes(self, steps: int, data: LabeledImages) -> float:
         """The cost of that many steps, in forward+backward passes per image of the data."""
@@ -128,7 +131,8 @@ def adversarial_fine_tuning(
 
     change = adversarial if trigger is None else with_trigger
     around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
-    fit(purified, data, steps=steps, config=config, change=change, sharpness=config.sharpness, **around)
+    how = {"sharpness": config.sharpness, "scale_free": config.scale_free}
+    fit(purified, data, steps=steps, config=config, change=change, **how, **around)
     return purified
 
 
@@ -136,5 +140,6 @@ RELEASED = {
     "eps": 6 / 255, "pgd_steps": 7, "pgd_step_size": 0.2, "random_start": False, "adversarial_share": 1.0,
     "lr": 0.001, "schedule": "constant", "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128,
     "padding": 5, "rotation": 10, "flip": True, "sharpness": 0,
+    "scale_free": False,
 }  # fmt: skip
 """Steps 1 and 2 as the released code sets them; it doesn't clip adversarial examples to [0, 1], we do."""
