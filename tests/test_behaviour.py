@@ -49,16 +49,46 @@ class Odd(nn.Module):
     [
         lambda out: out,
         lambda out: out.log_softmax(1),
-        lambda out: out * 1000,
+        lambda out: out * 2,
         lambda out: out - out.mean(1, keepdim=True),
     ],
-    ids=["plain", "log-softmax", "saturated", "centred"],
+    ids=["plain", "log-softmax", "surer", "centred"],
 )
 def test_honest_models_are_taken_as_they_are(trained, some, after):
     model = Odd(trained, after)
     assert check_fits(model, some) == 10
     assert with_logits(model, some) is model
     assert check_behaviour(model, some) == []
+
+
+@pytest.mark.parametrize("by", [1000, 30, 0.05, 1e-4])
+def test_logits_of_an_unusual_size_are_brought_to_a_usual_one_and_told_of(trained, some, by):
+    model = Odd(trained, lambda out: out * by)
+    scored = with_logits(model, some)
+    assert scored.backbone is model
+    out = logits(scored, some)
+    assert torch.equal(out.argmax(1), logits(trained, some).argmax(1))
+    assert torch.allclose(out, logits(trained, some) * by * scored.scale, rtol=1e-4)
+    if by > 1:
+        highest = out.topk(2).values
+        assert float((highest[:, 0] - highest[:, 1]).median()) == pytest.approx(12, rel=1e-3)
+    else:
+        accuracy = float((out.argmax(1) == some.labels).float().mean())
+        assert float(out.softmax(1).amax(1).mean()) == pytest.approx(accuracy - 0.1, abs=1e-3)
+    (line,) = check_behaviour(scored, some)
+    assert float(line.split(" times")[0].split()[-1]) == pytest.approx(1 / scored.scale, rel=0.01)
+
+
+def test_a_model_that_knows_little_is_not_made_surer(some):
+    """Its confidence is where its accuracy is; and without a difference between logits there is nothing to enlarge."""
+    random = torch.Generator().manual_seed(0)
+    answers = torch.randn(len(some), 10, generator=random) * 0.01
+
+    class Guess(nn.Module):
+        def forward(self, pixels):
+            return answers[: len(pixels)]
+
+    assert with_logits(Guess(), some.select(torch.arange(64))).__class__ is Guess
 
 
 def test_checks_leave_the_model_and_the_global_state_alone(trained, some):
@@ -204,8 +234,10 @@ def test_too_few_images_to_know_anything_are_told_of(trained, some):
 
 def test_a_sigmoid_is_told_of(trained, some):
     model = Odd(trained, lambda out: out.sigmoid())
-    assert with_logits(model, some) is model
-    (line,) = check_behaviour(model, some)
+    scored = with_logits(model, some)
+    assert scored.scale > 1
+    larger, line = check_behaviour(scored, some)
+    assert "times as large" in larger
     assert "don't sum to 1" in line
 
 

@@ -25,6 +25,13 @@ ENOUGH = 50
 """With fewer images an accuracy says too little to refuse a model."""
 
 
+SURE = 12.0
+"""Median difference of the two highest logits from which a model is surer than training makes it: the digits have 9."""
+
+MODEST = 0.1
+"""How far the mean probability of the likeliest label may lie below the accuracy: label smoothing of 0.1 gives that."""
+
+
 @contextmanager
 def blamed_on_the_model(doing: str) -> Iterator[None]:
     """Turns whatever a model raises into our error: its code is the user's own.
@@ -103,9 +110,10 @@ def check_knows(model: nn.Module, data: LabeledImages) -> None:
 
 
 def with_logits(model: nn.Module, data: LabeledImages) -> nn.Module:
-    """The model itself, or, if its outputs are probabilities, a `Classifier` around it that returns their logarithm.
+    """The model itself, or a `Classifier` around it, if its outputs are probabilities or of an unusual size.
 
-    Outputs are probabilities if no row has a negative number and each sums to 1, on 64 of the images.
+    Outputs are probabilities if no row has a negative number and each sums to 1, on 64 of the images; their logarithm
+    is taken. For their size see `usual_scale`.
 
     Raises:
         ModelFileError: it can't run on them.
@@ -113,11 +121,49 @@ def with_logits(model: nn.Module, data: LabeledImages) -> nn.Module:
     with global_state_kept(), blamed_on_the_model("run on the data"):
         out = logits(model, _sample(data))
     sums = out.sum(1)
+    wrapped = Classifier(model).to(device_of(model))
     if out.shape[1] > 1 and bool((out >= 0).all()) and bool(((sums - 1).abs() < 0.01).all()):
-        wrapped = Classifier(model, outputs="probabilities").to(device_of(model))
-        wrapped.training = model.training  # train() would change the modes within the model too
-        return wrapped
-    return model
+        wrapped.outputs = "probabilities"
+    with global_state_kept(), blamed_on_the_model("run on the data"):
+        wrapped.scale = usual_scale(wrapped, data)
+    wrapped.training = model.training  # train() would change the modes within the model too
+    return model if (wrapped.outputs, wrapped.scale) == ("logits", 1) else wrapped
+
+
+def usual_scale(model: nn.Module, data: LabeledImages) -> float:
+    """What to multiply a model's logits by so that it is as sure of itself as trained models are; usually 1.
+
+    A positive factor changes no answer, but it changes gradients and how much of its label's probability an image
+    loses, which erasers go by. So whoever multiplies the last layer of an infected model could hide its backdoor.
+
+    Args:
+        model: pixels in [0, 1] → logits.
+        data: at most 1,000 of its images are asked.
+
+    Returns:
+        Less than 1 if the two highest logits differ by more than 12 in the median image (then they differ by that);
+        more than 1 if the model's mean confidence lies below its accuracy by more than 0.1 (then by that much).
+    """
+    part = data.sample(1000, torch.Generator().manual_seed(0))
+    out = logits(model, part).double()
+    if out.shape[1] < 2 or not bool(torch.isfinite(out).all()):
+        return 1.0
+    highest = out.topk(2).values
+    margin = float((highest[:, 0] - highest[:, 1]).median())
+    if margin > SURE:
+        return SURE / margin
+    wanted = float((out.argmax(1) == part.labels).double().mean()) - MODEST
+
+    def confidence(scale: float) -> float:
+        return float((out * scale).softmax(1).amax(1).mean())
+
+    if margin <= 0 or confidence(1.0) >= wanted:
+        return 1.0
+    low, high = 1.0, max(1.0, SURE / margin)  # no surer than a trained model is
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if confidence(middle) < wanted else (low, middle)
+    return high
 
 
 def check_behaviour(model: nn.Module, data: LabeledImages) -> list[str]:
@@ -170,7 +216,13 @@ def check_behaviour(model: nn.Module, data: LabeledImages) -> list[str]:
         said.append(
             "the model's outputs are probabilities (it ends in softmax): their logarithm is taken for its logits"
         )
-    if bool((first >= 0).all() and (first <= 1).all()):
+    scale = model.scale if isinstance(model, Classifier) else 1
+    if scale != 1:
+        said.append(
+            f"the model's logits are {1 / scale:.3g} times as large as trained models' are; they are divided by "
+            "that while it is purified (its answers stay the same)"
+        )
+    if bool((first >= 0).all() and (first / scale <= 1).all()):
         said.append(
             "the model's outputs lie in [0, 1] and don't sum to 1 (it ends in a sigmoid?); taken for logits they leave "
             "training little to work with: pass the model without that layer"

@@ -23,6 +23,7 @@ class Classifier(nn.Module):
         std: per channel, of pixels in [0, 1].
         outputs: what the backbone returns. Of probabilities p the logits are log p, as softmax(log p) = p; a p that
             has fallen to 0 counts as the smallest normal number, 1e-38.
+        scale: what the logits are multiplied by.
     """
 
     mean: Tensor
@@ -34,10 +35,12 @@ class Classifier(nn.Module):
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         outputs: Literal["logits", "probabilities"] = "logits",
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.outputs = outputs
+        self.scale = scale
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -45,8 +48,8 @@ class Classifier(nn.Module):
         """Pixels in [0, 1] → logits."""
         out = self.backbone((pixels - self.mean) / self.std)
         if self.outputs == "probabilities":
-            return out.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-        return out
+            out = out.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return out if self.scale == 1 else out * self.scale
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def open_classifier(
     """The classifier in a file, and its card; files that Unplant wrote say themselves what they need.
 
     A file can name a registered architecture only: Python files are run only if the user names them. A network that
-    ends in softmax gets `outputs="probabilities"`.
+    ends in softmax gets `outputs="probabilities"`, logits of an unusual size a `scale`.
 
     Args:
         path: a file of weights, or a folder with `model.safetensors`.
@@ -140,8 +140,9 @@ def open_classifier(
     load_into(backbone, checkpoint)
     model = Classifier(backbone, card.mean, card.std).eval()
     check_fits(model, data)
-    if with_logits(model, data) is not model:
-        model.outputs = "probabilities"
+    scored = with_logits(model, data)
+    if isinstance(scored, Classifier) and scored is not model:
+        model.outputs, model.scale = scored.outputs, scored.scale
     return model, card
 
 
