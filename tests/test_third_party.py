@@ -35,6 +35,7 @@ def test_its_published_backdoor_is_measured_as_its_notes_say(capsys):
     assert scores["asr"] == pytest.approx(0.982, abs=0.010)
 
 
+@pytest.mark.timeout(1800)  # ten minutes and more in float32 on a busy, older processor
 def test_aft_erases_it_with_2500_clean_images(tmp_path):
     arguments = [
         "erase", MODEL, "--arch", f"{ROOT / 'examples' / 'ibau_net.py'}:network",
