@@ -69,7 +69,7 @@ def test_only_filters_before_a_batchnorm_are_stretched_by_half_their_squared_len
     every = ["first", "second", "third", "head", "unused"]
     long = lengthen(odd, every, 8)
     names = {parameter: name for name, parameter in long.named_parameters()}
-    found = {names[weight]: factors for weight, factors in stretches(long, some.pixels(), some.labels).items()}
+    found = {names[weight]: factors for weight, factors in stretches(long, some.pixels()).items()}
     assert set(found) == {"first.weight", "third.weight"}
     for name, factors in found.items():
         rows = long.get_parameter(name).flatten(1).tolist()
@@ -79,8 +79,17 @@ def test_only_filters_before_a_batchnorm_are_stretched_by_half_their_squared_len
         assert factors.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_sure_model_is_judged_by_its_angles_not_by_its_tiny_gradients(odd, some):
+    """Logits times 1e6: each softmax is saturated, and so are gradients under the likeliest label."""
+    long = lengthen(odd, ["first", "second", "third"], 8)
+    with torch.no_grad():
+        long.head.weight *= 1e6
+    names = {parameter: name for name, parameter in long.named_parameters()}
+    assert {names[weight] for weight in stretches(long, some.pixels())} == {"first.weight", "third.weight"}
+
+
 def test_a_net_as_it_is_initialised_is_left_alone(odd, some):
-    assert stretches(odd, some.pixels(), some.labels) == {}
+    assert stretches(odd, some.pixels()) == {}
 
 
 @pytest.mark.parametrize("by", [6, 60])
@@ -94,11 +103,11 @@ def test_branches_that_are_normalised_only_after_they_were_added_are_free_togeth
         for convolution in convolutions:
             convolution.weight *= by
         assert (model(colour_images.pixels()) - answers).abs().max() < 0.02 * answers.abs().max()
-    found = stretches(model, colour_images.pixels(), colour_images.labels)
+    found = stretches(model, colour_images.pixels())
     assert set(found) == {convolution.weight for convolution in convolutions}
     with torch.no_grad():
         convolutions[-1].weight /= by
-    found = stretches(model, colour_images.pixels(), colour_images.labels)
+    found = stretches(model, colour_images.pixels())
     assert convolutions[0].weight in found
     assert convolutions[-1].weight not in found
 
@@ -107,7 +116,7 @@ def test_a_single_long_row_is_seen_and_the_others_keep_their_steps(odd, some):
     with torch.no_grad():
         odd.third.weight[5] *= 50
         odd.third.bias[5] *= 50
-    found = stretches(odd, some.pixels(), some.labels)
+    found = stretches(odd, some.pixels())
     assert list(found) == [odd.third.weight]
     factors = found[odd.third.weight].flatten()
     assert factors[5] > 100
@@ -121,7 +130,7 @@ def test_looking_leaves_model_gradients_mode_and_random_state_as_they_were(odd, 
     before = copy.deepcopy(long.state_dict())
     modes = [module.training for module in long.modules()]
     state = torch.get_rng_state()
-    assert len(stretches(long, some.pixels(), some.labels)) == 2
+    assert len(stretches(long, some.pixels())) == 2
     assert all(torch.equal(before[key], value) for key, value in long.state_dict().items())
     assert [module.training for module in long.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
@@ -144,6 +153,29 @@ def test_steps_are_the_same_whatever_the_length_and_would_not_be_otherwise(odd, 
     assert free.abs().max() > 0.01
     assert (free - longer).abs().max() < 0.03 * free.abs().max()  # the eps of BatchNorm, and what steps make of it
     assert turned(64, False).abs().max() < 0.01 * free.abs().max()
+
+
+def test_where_memory_is_short_fewer_images_are_looked_at(odd, some, monkeypatch):
+    """The look must not ask for more memory than the training, which goes on with parts of a batch."""
+    long, seen = lengthen(odd, ["first", "third"], 8), []
+
+    def short(model, pixels):
+        seen.append(len(pixels))
+        if len(pixels) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return stretches(model, pixels)
+
+    monkeypatch.setattr("unplant.training.stretches", short)
+    config = FitConfig(lr=0.1, batch_size=8, padding=0, flip=False)
+    fit(long, some, steps=1, config=config, generator=torch.Generator().manual_seed(0), scale_free=True)
+    assert seen == [32, 16, 8]
+
+    def none(model, pixels):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("unplant.training.stretches", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(long, some, steps=1, config=config, generator=torch.Generator().manual_seed(0), scale_free=True)
 
 
 @pytest.mark.slow

@@ -109,23 +109,29 @@ def check_knows(model: nn.Module, data: LabeledImages) -> None:
         )
 
 
-def with_logits(model: nn.Module, data: LabeledImages) -> nn.Module:
-    """The model itself, or a `Classifier` around it, if its outputs are probabilities or of an unusual size.
-
-    Outputs are probabilities if no row has a negative number and each sums to 1, on 64 of the images; their logarithm
-    is taken. For their size see `usual_scale`.
+def returns_probabilities(model: nn.Module, data: LabeledImages) -> bool:
+    """Whether no row of the outputs has a negative number and each sums to 1, on 64 of the images.
 
     Raises:
         ModelFileError: it can't run on them.
     """
     with global_state_kept(), blamed_on_the_model("run on the data"):
         out = logits(model, _sample(data))
-    sums = out.sum(1)
+    return out.shape[1] > 1 and bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 0.01).all())
+
+
+def with_logits(model: nn.Module, data: LabeledImages) -> nn.Module:
+    """The model itself, or a `Classifier` around it if its outputs are probabilities or of an unusual size.
+
+    See `returns_probabilities`, of which the logarithm is taken, and `usual_scale`.
+
+    Raises:
+        ModelFileError: it can't run on the data.
+    """
     wrapped = Classifier(model).to(device_of(model))
-    if out.shape[1] > 1 and bool((out >= 0).all()) and bool(((sums - 1).abs() < 0.01).all()):
+    if returns_probabilities(model, data):
         wrapped.outputs = "probabilities"
-    with global_state_kept(), blamed_on_the_model("run on the data"):
-        wrapped.scale = usual_scale(wrapped, data)
+    wrapped.scale = usual_scale(wrapped, data)
     wrapped.training = model.training  # train() would change the modes within the model too
     return model if (wrapped.outputs, wrapped.scale) == ("logits", 1) else wrapped
 
@@ -143,9 +149,13 @@ def usual_scale(model: nn.Module, data: LabeledImages) -> float:
     Returns:
         Less than 1 if the two highest logits differ by more than 12 in the median image (then they differ by that);
         more than 1 if the model's mean confidence lies below its accuracy by more than 0.1 (then by that much).
+
+    Raises:
+        ModelFileError: it can't run on them.
     """
     part = data.sample(1000, torch.Generator().manual_seed(0))
-    out = logits(model, part).double()
+    with global_state_kept(), blamed_on_the_model("run on the data"):
+        out = logits(model, part).double()
     if out.shape[1] < 2 or not bool(torch.isfinite(out).all()):
         return 1.0
     highest = out.topk(2).values

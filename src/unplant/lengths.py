@@ -18,42 +18,42 @@ RIGHT_ANGLE = 3e-3
 """Mean cosine between rows and their gradients that counts as zero. Rows that aren't free in length have at least 0.005
 by chance alone, up to 20,000 numbers a row."""
 
+CANCELLED = 0.05
+"""What may be left of the convolutions' pulls on their lengths, in shares of them, if together they count as none."""
 
-def stretches(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict[nn.Parameter, Tensor]:
+
+def stretches(model: nn.Module, pixels: Tensor) -> dict[nn.Parameter, Tensor]:
     """By how much to multiply the gradients of rows that are longer than fresh ones, and free in their length.
 
     A row (one output channel) has length² / 2, so that a step is as large, in shares of the row, as if it were as long
     as it was when training began; shorter rows have 1. What is free in its length is seen by the gradients in training
-    mode: they are at right angles to each row of a tensor that a BatchNorm follows, and to all convolutions taken
-    together where branches are added up before they are normalised (pre-activation residual nets). Weights before a
-    LayerNorm or GroupNorm aren't found otherwise.
+    mode: they are at right angles to each row of a tensor that a BatchNorm follows; and where branches are added up
+    before they are normalised (pre-activation residual nets), what they pull on the convolutions' lengths cancels out
+    over all of them. Weights before a
+    LayerNorm or GroupNorm, whose lengths are free in other combinations, may be missed.
 
     Args:
         model: pixels → logits. Left as it was: weights, buffers, gradients, mode, and the random state of the CPU.
         pixels: float (N, C, H, W) in [0, 1], on the model's device.
-        labels: int64 (N,).
 
     Returns:
         Factors (rows, 1, …), at least 1, for each tensor of which a row is too long; usually empty.
     """
     tensors = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
-    long = {weight: _rows(weight).square().sum(1) > FRESH for weight in tensors}
-    if not any(rows.any() for rows in long.values()):
+    if not any((_rows(weight).square().sum(1) > FRESH).any() for weight in tensors):
         return {}
-    gradients = _gradients(model, tensors, pixels, labels)
-    felt = {weight: slope for weight, slope in zip(tensors, gradients, strict=True) if slope is not None}
-    convolutions = [weight for weight in felt if weight.dim() > 2]
-    together = torch.cat([_rows(weight).flatten() for weight in convolutions] or [torch.ones(1)])
-    slope = torch.cat([felt[weight].flatten().double() for weight in convolutions] or [torch.ones(1)])
-    jointly = bool(F.cosine_similarity(together, slope.to(together), dim=0).abs() < RIGHT_ANGLE)
+    gradients = zip(tensors, _gradients(model, tensors, pixels), strict=True)
+    slopes = {weight: slope.flatten(1).double() for weight, slope in gradients if slope is not None}
+    convolutions = [weight for weight in slopes if weight.dim() > 2]
+    pulls = torch.stack([(_rows(weight) * slopes[weight]).sum() for weight in convolutions] or [torch.ones(())])
+    jointly = bool(pulls.sum().abs() < CANCELLED * pulls.abs().sum())
     found = {}
-    for weight, slope in felt.items():
-        if not long[weight].any():
-            continue
-        cosines = F.cosine_similarity(_rows(weight), slope.flatten(1).double(), dim=1)
-        if cosines[long[weight]].abs().mean() < RIGHT_ANGLE or (jointly and weight.dim() > 2):
-            factors = (_rows(weight).square().sum(1) / FRESH).clamp(min=1).to(weight)
-            found[weight] = factors.view(-1, *[1] * (weight.dim() - 1))
+    for weight, slope in slopes.items():
+        rows = _rows(weight)
+        squares = rows.square().sum(1)
+        long = squares > FRESH
+        if long.any() and ((jointly and weight.dim() > 2) or _free(rows[long], slope[long])):
+            found[weight] = (squares / FRESH).clamp(min=1).to(weight).view(-1, *[1] * (weight.dim() - 1))
     return found
 
 
@@ -62,15 +62,22 @@ def _rows(weight: Tensor) -> Tensor:
     return weight.detach().flatten(1).double()
 
 
-def _gradients(
-    model: nn.Module, weights: list[nn.Parameter], pixels: Tensor, labels: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Of the loss in training mode, float32; the model is left as it was."""
+def _free(rows: Tensor, slopes: Tensor) -> bool:
+    """Whether the gradients (R, D) are at right angles to the rows (R, D); rows without a gradient don't count."""
+    lengths = rows.norm(dim=1) * slopes.norm(dim=1)
+    felt = lengths > 0
+    cosines = (rows * slopes).sum(1)[felt] / lengths[felt]
+    return bool(felt.any()) and bool(cosines.abs().mean() < RIGHT_ANGLE)
+
+
+def _gradients(model: nn.Module, weights: list[nn.Parameter], pixels: Tensor) -> tuple[Tensor | None, ...]:
+    """Of a loss in training mode, float32, under each image's second most likely label: sure models have one, too."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
-            loss = F.cross_entropy(model.train()(pixels).float(), labels)
+            out = model.train()(pixels).float()
+            loss = F.cross_entropy(out, out.detach().topk(min(2, out.shape[1])).indices[:, -1])
             return torch.autograd.grad(loss, weights, allow_unused=True)
         finally:
             for module, mode in modes:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from unplant import __version__
-from unplant.behaviour import check_fits, with_logits
+from unplant.behaviour import check_fits, returns_probabilities
 from unplant.classifier import Classifier
 from unplant.errors import ModelFileError, UsageError
 from unplant.files import Checkpoint, check_fits_weights, load_checkpoint, load_into, save_weights, write_atomically
@@ -103,7 +103,7 @@ def open_classifier(
     """The classifier in a file, and its card; files that Unplant wrote say themselves what they need.
 
     A file can name a registered architecture only: Python files are run only if the user names them. A network that
-    ends in softmax gets `outputs="probabilities"`, logits of an unusual size a `scale`.
+    ends in softmax gets `outputs="probabilities"`.
 
     Args:
         path: a file of weights, or a folder with `model.safetensors`.
@@ -140,9 +140,8 @@ def open_classifier(
     load_into(backbone, checkpoint)
     model = Classifier(backbone, card.mean, card.std).eval()
     check_fits(model, data)
-    scored = with_logits(model, data)
-    if isinstance(scored, Classifier) and scored is not model:
-        model.outputs, model.scale = scored.outputs, scored.scale
+    if returns_probabilities(model, data):
+        model.outputs = "probabilities"
     return model, card
 
 

@@ -162,11 +162,18 @@ class Running:
         )
         self.batches = EndlessBatches(data, config.batch_size, generator)
         self.device = device_of(model)
-        some = torch.arange(min(PROBE, len(data)))
-        probe = data.pixels(some).to(self.device), data.labels[some].to(self.device)
-        self.stretches = stretches(model, *probe) if scale_free else {}
+        self.stretches = self._stretches(PROBE) if scale_free else {}
         self.done, self.parts, self.fresh = 0, 1, False
         self.losses: list[Tensor] = []
+
+    def _stretches(self, images: int) -> dict[nn.Parameter, Tensor]:
+        """By so many images, or by half as many and so on if memory runs out."""
+        try:
+            return stretches(self.model, self.data.pixels(slice(0, images)).to(self.device))
+        except Exception as error:
+            if not is_out_of_memory(error) or images < 4:
+                raise
+        return self._stretches(images // 2)
 
     def page(self, journal: Journal, title: str, steps: int) -> Page:
         """Where this training is written down; nowhere if the model has a state that isn't tensors."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from unplant.behaviour import blamed_on_the_model, check_behaviour, check_knows, check_purified
+from unplant.behaviour import blamed_on_the_model, check_behaviour, check_knows, check_purified, usual_scale
 from unplant.cli.common import (
     check_apart,
     open_journal,
@@ -70,6 +70,7 @@ def run(
         infected.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = data.with_classes(card.classes)
         test_data = test_data.with_classes(card.classes) if test_data is not None else None
+        infected.scale = usual_scale(infected, data)  # by labels, so after the classes are in the model's order
         warnings += check_behaviour(infected, data)
         check_knows(infected, data)
         say_warnings(warnings)
