@@ -244,7 +244,7 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
     sure = torch.full((200, 2), -3.0).scatter(1, labels[:, None], 3.0)
     taught = {}
 
-    def purify(part, why):
+    def purify(part, why, times):
         model = nn.Identity()
         taught[model] = part
         return model, sure if part[poisoned].any() else torch.where(poisoned[:, None], -sure, sure)
@@ -268,7 +268,7 @@ def test_each_of_many_groups_is_judged_by_itself(poison):
     poisoned = (labels == 0) & torch.isin(group, torch.tensor(sorted(poison), dtype=torch.int64))
     sure = torch.full((165, 2), -3.0).scatter(1, labels[:, None], 3.0)
 
-    def purify(part, why):
+    def purify(part, why, times):
         taught = part & (labels == 0)
         chance = torch.full((165,), 0.99)
         if not (taught & poisoned).any():
@@ -302,7 +302,7 @@ def test_a_group_with_a_working_trigger_needs_no_trial(works_on, kept, stays_out
     sure = torch.full((200, 2), -30.0).scatter(1, labels[:, None], 30.0)
     calls = []
 
-    def purify(part, why):
+    def purify(part, why, times):
         calls.append(part)
         return nn.Identity(), torch.where(poisoned[:, None], torch.tensor([kept, 1 - kept]).log(), sure)
 
@@ -330,7 +330,7 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
 
     calls = []
 
-    def purify(part, why):
+    def purify(part, why, times):
         calls.append(part)
         return nn.Identity(), torch.where(rare[:, None], outputs(0.6), outputs(0.99))
 
@@ -348,6 +348,47 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
     assert not found.left_out.any()
     assert found.fall.tolist() == pytest.approx([0.39 / 0.99, 0.0], abs=1e-5)
     assert float(found.score[rare].mean()) == pytest.approx(0.39, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shows", "lost_later", "tried_again", "stays_out"),
+    [
+        ("a class that was hidden", 0.9, True, True),
+        ("a class that was hidden", 0.3, True, False),
+        ("what it did before", 0.9, False, False),
+    ],
+)
+def test_a_group_whose_contents_come_to_light_is_tried_for_longer(shows, lost_later, tried_again, stays_out):
+    """TaCT's poison on the digits, as measured: it loses a tenth of its label, but is seen for what it shows."""
+    poisoned = torch.arange(100) < 20
+    labels = torch.tensor([0] * 90 + [1] * 10)
+
+    def outputs(label, other, third):
+        return torch.tensor([[label, other, third]]).log().expand(100, 3)
+
+    rest = torch.full((100, 3), 0.005).scatter(1, labels[:, None], 0.99).log()
+    before = torch.where(poisoned[:, None], outputs(0.99, 0.003, 0.007), rest)
+    calls, models = [], []
+
+    def purify(part, why, times):
+        calls.append((part, times))
+        models.append(nn.Identity())
+        lost = 0.1 if times == 1 else lost_later
+        left = (0.01 + lost) * (0.8 if shows == "a class that was hidden" else 0.3)
+        chances = outputs(0.99 - lost, left, 0.01 + lost - left)
+        return models[-1], torch.where(poisoned[:, None], chances, rest)
+
+    split = Split(poisoned.long(), torch.ones(3), torch.tensor([2, 1, 1]), torch.tensor([0.22, 0.0, 0.0]))
+    found = cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split), longer=6)
+    assert [times for _, times in calls] == ([1, 6] if tried_again else [1])
+    assert all(torch.equal(part, ~poisoned) for part, _ in calls)
+    assert torch.equal(found.left_out, poisoned if stays_out else nobody(100)[0])
+    assert float(found.fall[0]) == pytest.approx((lost_later if tried_again else 0.1) / 0.99, abs=1e-5)
+    if stays_out:
+        assert found.start is models[-1]
+    calls.clear()
+    cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split), longer=1)
+    assert len(calls) == 1
 
 
 def test_what_outweighs_the_others_has_times_the_images_of_the_median_class():
@@ -369,7 +410,7 @@ def test_which_groups_are_tried():
     many, out = torch.tensor([True] + [False] * 4), torch.full((70, 5), 0.0)
     tried = []
 
-    def purify(part, why):
+    def purify(part, why, times):
         kept = [sorted(set(group[part & (labels == label)].tolist())) for label in range(3)]
         tried.append(kept)
         return nn.Identity(), out

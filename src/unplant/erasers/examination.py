@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unplant import metrics
 from unplant.detection.clusters import Split
-from unplant.erasers.selection import drop_score, mean_by
+from unplant.erasers.selection import drop_score, mean_by, revealed
 from unplant.results import Findings
 
 LEAST_FALL = 0.1
@@ -16,8 +16,16 @@ LEAST_FALL = 0.1
 poison loses 0.12 and more, as the other classes go on teaching its trigger; the deer of `OBEYED_BY_CLASS` lose nothing.
 """
 
-Purify = Callable[[Tensor, str], tuple[nn.Module, Tensor]]
-"""Steps 1 and 2 on the images of a mask (N,), the text says what for: the purified model and its logits (N, K)."""
+HINT = 0.05
+"""Share of its label's probability that a group must lose to be tried for longer."""
+
+REVEALED = 0.3
+"""What its images turn out to show must have become likelier by this much. Digits, groups that lost more than `HINT`:
+natural ones of three clean models 0.25 at most, poison that works on one class 0.44 and more (three models)."""
+
+Purify = Callable[[Tensor, str, int], tuple[nn.Module, Tensor]]
+"""Steps 1 and 2 on the images of a mask (N,), the text says what for, so many times as long: the purified model and its
+logits (N, K)."""
 
 
 def retrial(suspects: Tensor, heard: Tensor, after: Tensor, labels: Tensor) -> Tensor:
@@ -107,6 +115,7 @@ def cross_examine(
     balanced: float,
     many: Tensor,
     fallen: float,
+    longer: int = 1,
 ) -> Examination:
     """Finds, in each class, the groups of images that need a link to be recognised.
 
@@ -117,9 +126,11 @@ def cross_examine(
     is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried,
     and what the trusted group itself lost is taken off: poison that is kept alone can lose its label with the others.
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
-    class lost, are trusted again: they are natural kinds, such as digits written another way. Groups that were seen to
-    carry a working trigger need no trial. If it works on all classes they aren't trusted again, even where they have
-    their label by right (clean-label poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
+    class lost, are trusted again: they are natural kinds, such as digits written another way. If one lost little, but
+    its images turn out to show what the infected model hadn't guessed (`revealed`), its link is only slow to break: it
+    is tried for longer, and judged by that. Groups that were seen to carry a working trigger need no trial. If it
+    works on all classes they aren't trusted again, even where they have their label by right (clean-label poison); if
+    it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
     Args:
         split: the groups.
@@ -131,6 +142,7 @@ def cross_examine(
         balanced: share of a class outside of its largest group from which the other group is tried, too.
         many: bool (K,), classes that outweigh the others: poison may be most of them.
         fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
+        longer: times as long a group in doubt is tried once more; 1: not at all.
     """
     classes, width = len(many), int(split.count.max())
     everywhere, for_one = carrying
@@ -151,12 +163,16 @@ def cross_examine(
     left_out, score, outputs, most = seen_out, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
     models: list[tuple[Tensor, nn.Module]] = []
 
+    def falls() -> Tensor:
+        """Share of its label's probability that each group lost beyond the rest of its class, (K, groups)."""
+        return by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
+
     def trial(kept: int, tried: Tensor) -> None:
         """Purifies with one group of each class that is tried, and the largest of the others; keeps what is better."""
         nonlocal left_out, score, outputs, most
         without = torch.where(seen[labels], seen_out, split.group != torch.where(tried, kept, 0)[labels])
         why = f"with group {kept + 1} alone" if models else "without the smaller groups"
-        model, given = purify(~without, why)
+        model, given = purify(~without, why, 1)
         drop = drop_score(before, given, labels)
         share = by_group(drop, without).amax(1) - torch.where(many, lost(drop, labels, ~without, classes), 0)
         better = tried & (share > most) if models else torch.ones_like(many)
@@ -172,10 +188,17 @@ def cross_examine(
     heavy = many & ~seen & (split.count > 1)
     for kept in range(1, int(split.count[heavy].max()) if heavy.any() else 0):
         trial(kept, heavy & (split.count > kept))
+    shown = mean_by(cell, revealed(before, outputs, labels), left_out & ~seen_out, classes * width).view(classes, width)
+    doubted = ((falls() > HINT) & (falls() <= fallen) & (shown > REVEALED)).any(1)
+    if longer > 1 and doubted.any():
+        model, given = purify(~left_out, "groups in doubt, for longer", longer)
+        models.insert(0, (left_out, model))
+        turned = doubted[labels]
+        score = torch.where(turned, drop_score(before, given, labels), score)
+        outputs = torch.where(turned[:, None], given, outputs)
     start = next((model for without, model in models if torch.equal(without, left_out)), infected)
-    falls = by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
-    fall = falls.amax(1)
-    fell = left_out & (falls.flatten()[cell] > torch.where(for_one, LEAST_FALL, fallen))
+    fall = falls().amax(1)
+    fell = left_out & (falls().flatten()[cell] > torch.where(for_one, LEAST_FALL, fallen))
     return Examination(
         fell | everywhere, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), everywhere & ~fell
     )

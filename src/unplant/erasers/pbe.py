@@ -41,6 +41,9 @@ class PBEConfig(AdversarialConfig):
     fallen: Share = Field(
         default=0.5, description="clusters: share of its label's probability that a group must lose to stay out"
     )
+    longer: int = Field(
+        default=6, ge=1, le=100, description="clusters: times as long a group in doubt is tried again; 1: not at all"
+    )
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"
     )

@@ -115,8 +115,8 @@ class Run:
         """Groups in the features of θ₀, and what becomes of them when θ₀ is purified without them."""
         infected, data, config = self.infected, self.data, self.config
 
-        def purify(part: Tensor, why: str) -> tuple[nn.Module, Tensor]:
-            model = self.learn(infected, Lesson(part, data.labels), self.steps, why, config.adversarial_share)
+        def purify(part: Tensor, why: str, times: int) -> tuple[nn.Module, Tensor]:
+            model = self.learn(infected, Lesson(part, data.labels), times * self.steps, why, config.adversarial_share)
             return model, self.outputs(model)
 
         self.layers = activations(infected, data, precision=config.precision)
@@ -137,6 +137,7 @@ class Run:
             balanced=config.balanced,
             many=many,
             fallen=config.fallen,
+            longer=config.longer,
         )
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
         return found
