@@ -9,12 +9,15 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/unplant demo -o demo-out --force $(DEMO_FLAGS)
 
+# Two single-thread processes side by side beat one with two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -q -m "not slow"
-	$(BIN)/python -m pytest -q -m "slow"
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "slow"
 
 fast: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 soak: $(VENV)/.installed-test
 	UNPLANT_SOAK_CHECKPOINTS=100000 UNPLANT_SOAK_IMAGES=100000 UNPLANT_SOAK_KILLS=200 $(BIN)/python -m pytest -q \
