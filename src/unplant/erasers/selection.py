@@ -34,8 +34,8 @@ def drop_score(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
 def revealed(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
     """What an image turns out to show, its label left aside, and how much likelier that has become: (N,).
 
-    A trigger hides from the infected model what else is in the image, and a purified one sees it again, even while it
-    still obeys. Of clean images both think alike.
+    Some triggers hide from the infected model what else is in the image, and a purified one sees it again, even while
+    it still obeys (TaCT's patch; not Input-aware's). Of clean images both think much alike.
     """
     before, after = (out.scatter(1, labels[:, None], -torch.inf).softmax(1) for out in (infected, purified))
     seen = after.argmax(1, keepdim=True)
