@@ -36,14 +36,13 @@ def main() -> None:
     test, (method, config, label) = test_part(args, here.test), eraser_of(args)
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
-        same = {"seed": here.seed, "folder": here.cache}
         if args.model:
             (model, _), known = open_classifier(args.model, here.data, arch=here.arch), attack
-            model.to(memory_format=torch.channels_last)
+            model.to(here.device, memory_format=torch.channels_last)
         elif attack is None:
-            (model, _), known = train_cached(here.data, here.arch, here.training, **same), None
+            (model, _), known = train_cached(here.data, here.arch, here.training, **here.around), None
         else:
-            planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
+            planted, _ = plant_cached(here.data, attack, here.arch, here.training, **here.around)
             model, known = planted.model, planted.attack
         model = lengthened(model, args.lengthen)
         start = time.monotonic()

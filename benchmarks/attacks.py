@@ -30,7 +30,7 @@ def main() -> None:
 
     @functools.cache
     def never_infected() -> tuple[nn.Module, bool]:
-        return train_cached(here.data, here.arch, here.training, seed=here.seed, folder=here.cache)
+        return train_cached(here.data, here.arch, here.training, **here.around)
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
         start = time.monotonic()
@@ -40,8 +40,7 @@ def main() -> None:
             seconds = None if cached else round(time.monotonic() - start)
             row |= {"seconds": seconds, "scores": evaluate(model, here.test).to_json()}
         else:
-            same = {"seed": here.seed, "folder": here.cache}
-            planted, cached = plant_cached(here.data, attack, here.arch, here.training, **same)
+            planted, cached = plant_cached(here.data, attack, here.arch, here.training, **here.around)
             seconds = None if cached else round(time.monotonic() - start)
             clean, triggered = triggered_test_set(here.test, planted.attack)
             row |= {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unplant.cache import plant_cached, train_cached
 from unplant.data import open_data
+from unplant.devices import pick_device
 from unplant.erasers import EraserConfig, erasers
 from unplant.erasers.base import Method
 from unplant.images import LabeledImages
@@ -36,6 +37,12 @@ class Setting:
     training: TrainConfig
     seed: int
     cache: Path | None
+    device: torch.device
+
+    @property
+    def around(self) -> dict[str, Any]:
+        """What planting and training from the cache are told."""
+        return {"seed": self.seed, "folder": self.cache, "device": self.device}
 
     def to_json(self) -> dict[str, Any]:
         """For the result line."""
@@ -45,6 +52,7 @@ class Setting:
             "seed": self.seed,
             "images": len(self.data),
             "data": self.data.fingerprint(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
 
 
@@ -70,6 +78,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--cache", type=Path)
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--device", default="cpu")
     options.add_argument("--out", type=Path, required=True)
     return options
 
@@ -80,7 +89,8 @@ def setting(args: argparse.Namespace) -> Setting:
     data, test = open_data(args.data), open_data(args.test)
     if args.max_images:
         data = data.sample(args.max_images, torch.Generator().manual_seed(args.seed))
-    return Setting(data, test, args.arch, TrainConfig(**parse_settings(args.training)), args.seed, args.cache)
+    training = TrainConfig(**parse_settings(args.training))
+    return Setting(data, test, args.arch, training, args.seed, args.cache, pick_device(args.device))
 
 
 def eraser_options(options: argparse.ArgumentParser, method: str) -> None:
@@ -114,12 +124,11 @@ def attack_of(spec: str, recipe: list[str]) -> Attack | None:
 
 def infected_by(here: Setting, attack: Attack | None, suspect_images: int | None) -> Infected:
     """The model of a cell, from the cache or planted into it, and so many of its training images at random."""
-    same = {"seed": here.seed, "folder": here.cache}
     if attack is None:
-        (model, _), data = train_cached(here.data, here.arch, here.training, **same), here.data
+        (model, _), data = train_cached(here.data, here.arch, here.training, **here.around), here.data
         poisoned, known = torch.zeros(len(data), dtype=torch.bool), None
     else:
-        planted, _ = plant_cached(here.data, attack, here.arch, here.training, **same)
+        planted, _ = plant_cached(here.data, attack, here.arch, here.training, **here.around)
         model, data, known = planted.model, planted.training_set.data, planted.attack
         poisoned = planted.training_set.poisoned
     if suspect_images:

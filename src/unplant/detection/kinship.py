@@ -37,15 +37,16 @@ def odds_of_poison(
         here, known = members & undecided, members & (suspects | trusted)
         if min(int((members & suspects).sum()), int((members & trusted).sum())) < FEWEST:
             continue
-        opinions = []
+        opinions, mine = [], members.nonzero().flatten()
         for layer in layers:
-            spread = layer[known].std(0)
-            seen = (layer[:, spread > 1e-6] / spread[spread > 1e-6]).double()
+            features = layer[mine]
+            spread = features[known[mine]].std(0)
+            seen = (features[:, spread > 1e-6] / spread[spread > 1e-6]).double()
             if not seen.shape[1]:
                 continue
             discriminant = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-            discriminant.fit(seen[known].numpy(), suspects[known].numpy())
-            opinions.append(torch.from_numpy(discriminant.decision_function(seen[here].numpy())))
+            discriminant.fit(seen[known[mine]].numpy(), suspects[known].numpy())
+            opinions.append(torch.from_numpy(discriminant.decision_function(seen[here[mine]].numpy())))
         if opinions:
             odds[here] = torch.stack(opinions).mean(0) + by_label[here]
     return odds
