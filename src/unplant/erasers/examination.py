@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unplant import metrics
 from unplant.detection.clusters import Split
-from unplant.erasers.selection import drop_score, mean_by, revealed
+from unplant.erasers.selection import FLOOR, drop_score, mean_by, revealed
 from unplant.results import Findings
 
 LEAST_FALL = 0.1
@@ -116,6 +116,7 @@ def cross_examine(
     many: Tensor,
     fallen: float,
     longer: int = 1,
+    believed: bool = False,
 ) -> Examination:
     """Finds, in each class, the groups of images that need a link to be recognised.
 
@@ -132,6 +133,10 @@ def cross_examine(
     works on all classes they aren't trusted again, even where they have their label by right (clean-label poison); if
     it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
+    Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
+    would go on teaching the link to what is tried without the groups. So trials do without all whose label the
+    infected model doesn't give, if they are asked to (`believed`).
+
     Args:
         split: the groups.
         carrying: bool (N,) each, groups that carry a trigger that works on all classes' images, and on one class's.
@@ -143,6 +148,7 @@ def cross_examine(
         many: bool (K,), classes that outweigh the others: poison may be most of them.
         fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
         longer: times as long a group in doubt is tried once more; 1: not at all.
+        believed: trials are taught only images to which θ₀ gives their label, if these are enough.
     """
     classes, width = len(many), int(split.count.max())
     everywhere, for_one = carrying
@@ -162,6 +168,12 @@ def cross_examine(
 
     left_out, score, outputs, most = seen_out, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
     models: list[tuple[Tensor, nn.Module]] = []
+    agree = before.argmax(1) == labels
+
+    def purified(without: Tensor, why: str, times: int) -> tuple[nn.Module, Tensor]:
+        """Steps 1 and 2 without these."""
+        taught = ~without & agree
+        return purify(taught if believed and taught.float().mean() >= FLOOR else ~without, why, times)
 
     def falls() -> Tensor:
         """Share of its label's probability that each group lost beyond the rest of its class, (K, groups)."""
@@ -172,7 +184,7 @@ def cross_examine(
         nonlocal left_out, score, outputs, most
         without = torch.where(seen[labels], seen_out, split.group != torch.where(tried, kept, 0)[labels])
         why = f"with group {kept + 1} alone" if models else "without the smaller groups"
-        model, given = purify(~without, why, 1)
+        model, given = purified(without, why, 1)
         drop = drop_score(before, given, labels)
         share = by_group(drop, without).amax(1) - torch.where(many, lost(drop, labels, ~without, classes), 0)
         better = tried & (share > most) if models else torch.ones_like(many)
@@ -191,7 +203,7 @@ def cross_examine(
     shown = mean_by(cell, revealed(before, outputs, labels), left_out & ~seen_out, classes * width).view(classes, width)
     doubted = ((falls() > HINT) & (falls() <= fallen) & (shown > REVEALED)).any(1)
     if longer > 1 and doubted.any():
-        model, given = purify(~left_out, "groups in doubt, for longer", longer)
+        model, given = purified(left_out, "groups in doubt, for longer", longer)
         models.insert(0, (left_out, model))
         turned = doubted[labels]
         score = torch.where(turned, drop_score(before, given, labels), score)

@@ -138,6 +138,7 @@ class Run:
             many=many,
             fallen=config.fallen,
             longer=config.longer,
+            believed=config.believed,
         )
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
         return found
