@@ -65,7 +65,7 @@ def direction(weight):
     return nn.functional.normalize(weight.detach().flatten(1))
 
 
-def test_only_filters_before_a_batchnorm_are_stretched_by_half_their_squared_length(odd, some):
+def test_only_filters_before_a_batchnorm_are_stretched_by_their_squared_length_if_they_are_long(odd, some):
     every = ["first", "second", "third", "head", "unused"]
     long = lengthen(odd, every, 8)
     names = {parameter: name for name, parameter in long.named_parameters()}
@@ -74,8 +74,9 @@ def test_only_filters_before_a_batchnorm_are_stretched_by_half_their_squared_len
     for name, factors in found.items():
         rows = long.get_parameter(name).flatten(1).tolist()
         assert factors.shape == (len(rows), 1, 1, 1)
-        expected = [max(1.0, math.fsum(value * value for value in row) / 2) for row in rows]
-        assert max(expected) > 4
+        squares = [math.fsum(value * value for value in row) for row in rows]
+        assert max(squares) > 8
+        expected = [1.0 if square < 2 else square**2 / 4 if square < 4 else square for square in squares]
         assert factors.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
