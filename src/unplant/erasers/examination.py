@@ -23,6 +23,9 @@ REVEALED = 0.3
 """What its images turn out to show must have become likelier by this much. Digits, groups that lost more than `HINT`:
 natural ones of three clean models 0.25 at most, poison that works on one class 0.44 and more (three models)."""
 
+SEVERAL = 0.25
+"""If more than this share of the classes lose a group, poison has many targets, and others are likely to hold some."""
+
 Purify = Callable[[Tensor, str, int], tuple[nn.Module, Tensor]]
 """Steps 1 and 2 on the images of a mask (N,), the text says what for, so many times as long: the purified model and its
 logits (N, K)."""
@@ -128,10 +131,10 @@ def cross_examine(
     and what the trusted group itself lost is taken off: poison that is kept alone can lose its label with the others.
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
     class lost, are trusted again: they are natural kinds, such as digits written another way. If one lost little, but
-    its images turn out to show what the infected model hadn't guessed (`revealed`), its link is only slow to break: it
-    is tried for longer, and judged by that. Groups that were seen to carry a working trigger need no trial. If it
-    works on all classes they aren't trusted again, even where they have their label by right (clean-label poison); if
-    it works on one class, a small fall must bear that out (`LEAST_FALL`).
+    its images turn out to show what the infected model hadn't guessed (`revealed`), or many classes lost one
+    (`SEVERAL`), its link may only be slow to break: it is tried for longer, and judged by that. Groups that were seen
+    to carry a working trigger need no trial. If it works on all classes they aren't trusted again, even where they have
+    their label by right (clean-label poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
     Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
     would go on teaching the link to what is tried without the groups. So trials do without all whose label the
@@ -201,7 +204,8 @@ def cross_examine(
     for kept in range(1, int(split.count[heavy].max()) if heavy.any() else 0):
         trial(kept, heavy & (split.count > kept))
     shown = mean_by(cell, revealed(before, outputs, labels), left_out & ~seen_out, classes * width).view(classes, width)
-    doubted = ((falls() > HINT) & (falls() <= fallen) & (shown > REVEALED)).any(1)
+    slow = (shown > REVEALED) | ((falls() > fallen).any(1).float().mean() > SEVERAL)
+    doubted = ((falls() > HINT) & (falls() <= fallen) & slow).any(1)
     if longer > 1 and doubted.any():
         model, given = purified(left_out, "groups in doubt, for longer", longer)
         models.insert(0, (left_out, model))
