@@ -391,6 +391,50 @@ def test_a_group_whose_contents_come_to_light_is_tried_for_longer(shows, lost_la
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(("convicted", "tried_again"), [(0, False), (1, False), (2, True)])
+def test_where_several_classes_are_convicted_groups_in_doubt_are_tried_for_longer(convicted, tried_again):
+    """Four classes of 25 images, a group of 5 in each; all fall by 0.4, the convicted by 0.8, for longer 0.9."""
+    labels = torch.arange(4).repeat_interleave(25)
+    small = torch.arange(100) % 25 < 5
+    sure = torch.full((100, 4), 0.01 / 3).scatter(1, labels[:, None], 0.99)
+
+    def outputs(fall):
+        """Whose label is likelier falls, the others stay alike: nothing comes to light."""
+        given = sure - sure * fall[:, None] * nn.functional.one_hot(labels, 4)
+        return (given + (1 - given.sum(1, keepdim=True)) / 3 * (1 - nn.functional.one_hot(labels, 4))).log()
+
+    calls = []
+
+    def purify(part, why, times):
+        calls.append(times)
+        fall = torch.where(labels < convicted, 0.8, 0.4) if times == 1 else torch.full((100,), 0.9)
+        return nn.Identity(), outputs(torch.where(small, fall, 0.0))
+
+    split = Split(small.long(), torch.ones(4), torch.full((4,), 2), torch.full((4,), 0.2))
+    found = cross_examine(split, nobody(100), nn.Identity(), sure.log(), labels, purify, **limits(split), longer=6)
+    assert calls == ([1, 6] if tried_again else [1])
+    assert torch.equal(found.left_out, small & ((labels < convicted) | tried_again))
+
+
+@pytest.mark.parametrize("share_believed", [0.3, 0.01])
+def test_trials_are_taught_only_what_the_infected_model_gives_its_label(share_believed):
+    """Unless that is next to nothing; which images are tried doesn't change."""
+    labels, small = torch.zeros(100, dtype=torch.int64), torch.arange(100) < 20
+    believed = torch.arange(100) >= 100 * (1 - share_believed)
+    before = torch.where(believed[:, None], torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.9])).log()
+    taught = []
+
+    def purify(part, why, times):
+        taught.append(part)
+        return nn.Identity(), before
+
+    split = Split(small.long(), torch.ones(2), torch.tensor([2, 1]), torch.tensor([0.2, 0.0]))
+    for asked in (False, True):
+        cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split), believed=asked)
+    assert torch.equal(taught[0], ~small)
+    assert torch.equal(taught[1], ~small & believed if share_believed == 0.3 else ~small)
+
+
 def test_what_outweighs_the_others_has_times_the_images_of_the_median_class():
     labels = torch.tensor([0] * 30 + [1] * 9 + [2] * 10 + [3] * 11 + [4] * 10)
     assert outweighing(labels, 5, 3.0).tolist() == [True, False, False, False, False]
