@@ -65,18 +65,19 @@ def direction(weight):
     return nn.functional.normalize(weight.detach().flatten(1))
 
 
-def test_only_filters_before_a_batchnorm_are_stretched_by_their_squared_length_if_they_are_long(odd, some):
+@pytest.mark.parametrize("usual", [2.0, 1.0])
+def test_only_filters_before_a_batchnorm_are_stretched_by_their_squared_length_if_they_are_long(odd, some, usual):
     every = ["first", "second", "third", "head", "unused"]
     long = lengthen(odd, every, 8)
     names = {parameter: name for name, parameter in long.named_parameters()}
-    found = {names[weight]: factors for weight, factors in stretches(long, some.pixels()).items()}
+    found = {names[weight]: factors for weight, factors in stretches(long, some.pixels(), usual).items()}
     assert set(found) == {"first.weight", "third.weight"}
     for name, factors in found.items():
         rows = long.get_parameter(name).flatten(1).tolist()
         assert factors.shape == (len(rows), 1, 1, 1)
         squares = [math.fsum(value * value for value in row) for row in rows]
         assert max(squares) > 8
-        expected = [1.0 if square < 2 else square**2 / 4 if square < 4 else square for square in squares]
+        expected = [max(1.0, min(square**2 / 4, square / usual)) for square in squares]
         assert factors.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -142,46 +143,46 @@ def test_looking_leaves_model_gradients_mode_and_random_state_as_they_were(odd, 
 def test_steps_are_the_same_whatever_the_length_and_would_not_be_otherwise(odd, some, sharpness):
     config = FitConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=16, padding=0, flip=False)
 
-    def turned(by, scale_free):
+    def turned(by, filter_length):
         """The change of the filters' directions."""
         model = lengthen(odd, ["first", "third"], by)
-        how = {"generator": torch.Generator().manual_seed(0), "sharpness": sharpness, "scale_free": scale_free}
+        how = {"generator": torch.Generator().manual_seed(0), "sharpness": sharpness, "filter_length": filter_length}
         fit(model, some, steps=8, config=config, **how)
         pairs = [(odd.get_parameter(name), model.get_parameter(name)) for name in ("first.weight", "third.weight")]
         return torch.cat([(direction(after) - direction(before)).flatten() for before, after in pairs])
 
-    free, longer = turned(8, True), turned(64, True)
+    free, longer = turned(8, 1.0), turned(64, 1.0)
     assert free.abs().max() > 0.01
     assert (free - longer).abs().max() < 0.03 * free.abs().max()  # the eps of BatchNorm, and what steps make of it
-    assert turned(64, False).abs().max() < 0.01 * free.abs().max()
+    assert turned(64, 0).abs().max() < 0.01 * free.abs().max()
 
 
 def test_where_memory_is_short_fewer_images_are_looked_at(odd, some, monkeypatch):
     """The look must not ask for more memory than the training, which goes on with parts of a batch."""
     long, seen = lengthen(odd, ["first", "third"], 8), []
 
-    def short(model, pixels):
+    def short(model, pixels, usual):
         seen.append(len(pixels))
         if len(pixels) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return stretches(model, pixels)
+        return stretches(model, pixels, usual)
 
     monkeypatch.setattr("unplant.training.stretches", short)
     config = FitConfig(lr=0.1, batch_size=8, padding=0, flip=False)
-    fit(long, some, steps=1, config=config, generator=torch.Generator().manual_seed(0), scale_free=True)
+    fit(long, some, steps=1, config=config, generator=torch.Generator().manual_seed(0), filter_length=2.0)
     assert seen == [32, 16, 8]
 
-    def none(model, pixels):
+    def none(model, pixels, usual):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("unplant.training.stretches", none)
     with pytest.raises(torch.OutOfMemoryError):
-        fit(long, some, steps=1, config=config, generator=torch.Generator().manual_seed(0), scale_free=True)
+        fit(long, some, steps=1, config=config, generator=torch.Generator().manual_seed(0), filter_length=2.0)
 
 
 @pytest.mark.slow
 def test_pbe_finds_and_erases_what_hides_behind_long_filters():
-    """The same backdoor; without scale-free steps the same run finds nothing."""
+    """The same backdoor; without steps that are free of it the same run finds nothing."""
     demo = run_demo("badnets", seed=0)
     long = copy.deepcopy(demo.planted.model)
     layers = list(long.modules())
@@ -195,15 +196,15 @@ def test_pbe_finds_and_erases_what_hides_behind_long_filters():
     before = evaluate(long, demo.test, attack)
     assert before.asr >= 0.95
 
-    def erased(scale_free):
-        config = ERASING.but(scale_free=scale_free)
+    def erased(filter_length):
+        config = ERASING.but(filter_length=filter_length)
         erasure = erasers["pbe"].run(long, data, config, generator=torch.Generator().manual_seed(0))
         return evaluate(erasure.model, demo.test, attack), erasure
 
-    after, erasure = erased(True)
+    after, erasure = erased(1.0)
     assert after.asr <= 0.03
     assert after.acc >= before.acc - 0.02
     assert erasure.findings.targets == (attack.target,)
-    unmoved, missed = erased(False)
+    unmoved, missed = erased(0)
     assert unmoved.asr >= 0.95
     assert not missed.findings.infected

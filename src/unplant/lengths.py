@@ -14,10 +14,6 @@ from torch import Tensor, nn
 FRESH = 2.0
 """Squared length of a row as it is initialised for ReLU nets (He et al., ICCV 2015, arXiv:1502.01852)."""
 
-TRAINED = 1.0
-"""Squared length of a row of a net that was trained with weight decay: means of layers are 0.1 to 1.6 (PreActResNet-18
-at width 16), 0.5 to 0.8 (small CNN)."""
-
 RIGHT_ANGLE = 3e-3
 """Mean cosine between rows and their gradients that counts as zero. Rows that aren't free in length have at least 0.005
 by chance alone, up to 20,000 numbers a row."""
@@ -26,20 +22,21 @@ CANCELLED = 0.05
 """What may be left of the convolutions' pulls on their lengths, in shares of them, if together they count as none."""
 
 
-def stretches(model: nn.Module, pixels: Tensor) -> dict[nn.Parameter, Tensor]:
+def stretches(model: nn.Module, pixels: Tensor, usual: float = FRESH) -> dict[nn.Parameter, Tensor]:
     """By how much to multiply the gradients of rows that are longer than fresh ones, and free in their length.
 
-    A row (one output channel) of more than twice a fresh one's squared length, 4, has length², so that a step is as
-    large, in shares of the row, as if it were of a usual length, 1; rows shorter than fresh ones have 1, and between
-    the two it is (length² / 2)². What is free in its length is seen by the gradients in training
-    mode: they are at right angles to each row of a tensor that a BatchNorm follows; and where branches are added up
-    before they are normalised (pre-activation residual nets), what they pull on the convolutions' lengths cancels out
-    over all of them. Weights before a
-    LayerNorm or GroupNorm, whose lengths are free in other combinations, may be missed.
+    A row (one output channel) has length² / usual, so that a step is as large, in shares of the row, as if it were of a
+    usual length; rows that are no longer than fresh ones have 1, and from there on it is (length² / 2)² up to that.
+    What is free in its length is seen by the gradients in training mode: they are at right angles to each row of a
+    tensor that a BatchNorm follows; and where branches are added up before they are normalised (pre-activation residual
+    nets), what they pull on the convolutions' lengths cancels out over all of them. Weights before a LayerNorm or
+    GroupNorm, whose lengths are free in other combinations, may be missed.
 
     Args:
         model: pixels → logits. Left as it was: weights, buffers, gradients, mode, and the random state of the CPU.
         pixels: float (N, C, H, W) in [0, 1], on the model's device.
+        usual: squared length of a usual row, at most 2, which fresh ones have. Trained with weight decay, they have 0.1
+            to 1.6 in the mean of a layer (PreActResNet-18 of width 16), 0.5 to 0.8 (small CNN).
 
     Returns:
         Factors (rows, 1, …), at least 1, for each tensor of which a row is too long; usually empty.
@@ -58,7 +55,7 @@ def stretches(model: nn.Module, pixels: Tensor) -> dict[nn.Parameter, Tensor]:
         squares = rows.square().sum(1)
         long = squares > FRESH
         if long.any() and ((jointly and weight.dim() > 2) or _free(rows[long], slope[long])):
-            factors = torch.minimum((squares / FRESH).square(), squares / TRAINED).clamp(min=1)
+            factors = torch.minimum((squares / FRESH).square(), squares / usual).clamp(min=1)
             found[weight] = factors.to(weight).view(-1, *[1] * (weight.dim() - 1))
     return found
 

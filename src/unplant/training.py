@@ -79,7 +79,7 @@ def fit(
     change: Change | None = None,
     memory: Sequence[Remembering] = (),
     sharpness: float = 0.0,
-    scale_free: bool = False,
+    filter_length: float = 0.0,
     progress: Progress | None = None,
     title: str = "training",
     journal: Journal = NOTHING,
@@ -98,7 +98,8 @@ def fit(
         change: applied to each augmented batch before the step.
         memory: what `change` learns from step to step.
         sharpness: radius of the step in the weights at whose end gradients are taken, see `sharpest`; 0: none.
-        scale_free: steps of long filters that are free in their length are made in shares of it, see `stretches`.
+        filter_length: long filters that are free in their length take steps as if it were that, squared, see
+            `stretches`; 0: they don't.
         progress: told the share of steps done.
         title: what `progress` is told.
         journal: where the training is written down, and taken up again if it was cut off. What decides it must be among
@@ -111,7 +112,7 @@ def fit(
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        running = Running(model, data, config, generator, memory, sharpness, scale_free)
+        running = Running(model, data, config, generator, memory, sharpness, filter_length)
         page = running.page(journal, title, steps)
         running.restore(page.read())
         modes = [(module, module.training) for module in model.modules()]
@@ -152,9 +153,9 @@ class Running:
         generator: torch.Generator,
         memory: Sequence[Remembering],
         sharpness: float,
-        scale_free: bool,
+        filter_length: float,
     ) -> None:
-        self.sharpness, self.scale_free = sharpness, scale_free
+        self.sharpness, self.filter_length = sharpness, filter_length
         self.model, self.data, self.config, self.generator, self.memory = model, data, config, generator, memory
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.SGD(
@@ -162,14 +163,14 @@ class Running:
         )
         self.batches = EndlessBatches(data, config.batch_size, generator)
         self.device = device_of(model)
-        self.stretches = self._stretches(PROBE) if scale_free else {}
+        self.stretches = self._stretches(PROBE) if filter_length else {}
         self.done, self.parts, self.fresh = 0, 1, False
         self.losses: list[Tensor] = []
 
     def _stretches(self, images: int) -> dict[nn.Parameter, Tensor]:
         """By so many images, or by half as many and so on if memory runs out."""
         try:
-            return stretches(self.model, self.data.pixels(slice(0, images)).to(self.device))
+            return stretches(self.model, self.data.pixels(slice(0, images)).to(self.device), self.filter_length)
         except Exception as error:
             if not is_out_of_memory(error) or images < 4:
                 raise
@@ -180,7 +181,7 @@ class Running:
         if journal.folder is None or len(weights_of(self.model)) < len(self.model.state_dict()):
             return NOTHING.page(tensors=())
         settings = self.config.model_dump(mode="json")
-        about = (title, steps, settings, self.sharpness, self.scale_free, self.data.fingerprint(), str(self.device))
+        about = (title, steps, settings, self.sharpness, self.filter_length, self.data.fingerprint(), str(self.device))
         return journal.page(*about, tensors=self.state().values())
 
     def step(self, lr: float, change: Change | None) -> None:

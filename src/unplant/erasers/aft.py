@@ -233,7 +233,7 @@ def aft(
             change = with_belief(infected, change, config.belief)
         around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
         learnt = {"change": change, "memory": shared}
-        how = {"sharpness": config.sharpness, "scale_free": config.scale_free}
+        how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
         fit(purified, data, steps=count, config=config, **learnt, **how, **around)
         passes = config.but(adversarial_share=share).passes(count, data)
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})

@@ -27,6 +27,12 @@ class PBEConfig(AdversarialConfig):
     schedule: Literal["constant", "cosine", "one-cycle"] = Field(
         default="cosine", description="learning rate within a round"
     )
+    filter_length: Real = Field(
+        default=1.0,
+        ge=0,
+        le=2,
+        description="squared length that long filters before a BatchNorm are taken to have; 0: their own",
+    )
     initial: Literal["clusters", "random"] = Field(default="clusters", description="how the first D_ext is found")
     initial_share: Share = Field(default=0.05, gt=0, description="random: share of the data")
     least_gain: Real = Field(

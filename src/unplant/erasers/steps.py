@@ -14,7 +14,7 @@ from unplant.erasers.base import EraserConfig, settle
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
-from unplant.params import Pixel, Share
+from unplant.params import Pixel, Real, Share
 from unplant.results import Progress
 from unplant.training import Change, fit
 
@@ -32,8 +32,11 @@ class AdversarialConfig(EraserConfig):
     pgd_step_size: Share = Field(default=0.67, gt=0, description="length of a PGD step, as a share of eps")
     random_start: bool = Field(default=True, description="PGD begins at a random point of the ball")
     adversarial_share: Share = Field(default=0.5, description="share of each batch that is made adversarial")
-    scale_free: bool = Field(
-        default=True, description="steps of long filters before a BatchNorm are made in shares of their length"
+    filter_length: Real = Field(
+        default=2.0,
+        ge=0,
+        le=2,
+        description="squared length that long filters before a BatchNorm are taken to have; 0: their own",
     )
 
     def passes(self, steps: int, data: LabeledImages) -> float:
@@ -131,7 +134,7 @@ def adversarial_fine_tuning(
 
     change = adversarial if trigger is None else with_trigger
     around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
-    how = {"sharpness": config.sharpness, "scale_free": config.scale_free}
+    how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
     fit(purified, data, steps=steps, config=config, change=change, **how, **around)
     return purified
 
@@ -140,6 +143,6 @@ RELEASED = {
     "eps": 6 / 255, "pgd_steps": 7, "pgd_step_size": 0.2, "random_start": False, "adversarial_share": 1.0,
     "lr": 0.001, "schedule": "constant", "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128,
     "padding": 5, "rotation": 10, "flip": True, "sharpness": 0,
-    "scale_free": False,
+    "filter_length": 0,
 }  # fmt: skip
 """Steps 1 and 2 as the released code sets them; it doesn't clip adversarial examples to [0, 1], we do."""
