@@ -163,14 +163,14 @@ class Run:
         return odds_of_poison(self.layers, after, labels, suspects, trusted, undecided)
 
     def last_lesson(self, lesson: Lesson, suspects: Tensor, after: Tensor) -> Lesson:
-        """With the trigger in view, undecided images that take after D_ext join it: the hard ones of their classes.
+        """Undecided images that take after D_ext join it: the hard ones of their classes.
 
         Only where most classes lost a group (all-to-all): elsewhere D_ext has enough hard ones, and poison that
         joins it, too, isn't worth the risk.
         """
         labels = self.data.labels
         most = len(labels[suspects & self.left_out].unique()) > MOST * len(labels.unique())
-        if lesson.trigger is None or self.config.acquit is None or not most:
+        if self.config.acquit is None or not most:
             return lesson
         odds = self.odds(suspects, lesson.images, after)
         self.acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
