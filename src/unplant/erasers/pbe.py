@@ -51,7 +51,7 @@ class PBEConfig(AdversarialConfig):
         default=6, ge=1, le=100, description="clusters: times as long a group in doubt is tried again; 1: not at all"
     )
     believed: bool = Field(
-        default=False, description="clusters: trials are taught only images whose label the infected model gives"
+        default=True, description="clusters: trials are taught only images whose label the infected model gives"
     )
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"
