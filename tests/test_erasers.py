@@ -102,12 +102,13 @@ def test_kin_of_the_suspects_are_suspects_too_but_are_not_heard(kinship):
 TRIGGER = Recovered(Transplant(torch.ones(1, 16, 16), torch.zeros(1, 16, 16)))
 
 
-def test_undecided_images_that_take_after_the_others_are_acquitted_where_the_trigger_is_in_view():
+@pytest.mark.parametrize("trigger", [TRIGGER, None])
+def test_undecided_images_that_take_after_the_others_are_acquitted_with_and_without_a_trigger_in_view(trigger):
     case = Undecided((1, 2, 3))
-    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
+    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, trigger), case.suspects, case.after)
     acquitted = case.concerned & (case.place >= 80) & (case.place < 90)
     assert torch.equal(lesson.images, case.extra | acquitted)
-    assert lesson.trigger is TRIGGER
+    assert lesson.trigger is trigger
     assert case.state.rounds[-1] == {"step": "acquitted", "undecided": 60, "next": 30}
 
 
@@ -125,13 +126,10 @@ def test_nobody_of_a_group_left_out_is_acquitted():
     assert torch.equal(lesson.images, case.extra)
 
 
-@pytest.mark.parametrize(
-    ("settings", "trigger"),
-    [({}, None), ({"acquit": None}, TRIGGER), ({"kinship": False}, TRIGGER), ({"acquit": 1e300}, TRIGGER)],
-)
-def test_nobody_is_acquitted_without_a_trigger_in_view_or_if_it_is_switched_off(settings, trigger):
+@pytest.mark.parametrize("settings", [{"acquit": None}, {"kinship": False}, {"acquit": 1e300}])
+def test_nobody_is_acquitted_if_it_is_switched_off(settings):
     case = Undecided((1, 2, 3), **settings)
-    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, trigger), case.suspects, case.after)
+    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
     assert torch.equal(lesson.images, case.extra)
 
 
