@@ -3,7 +3,7 @@
     python benchmarks/side_by_side.py commands.txt --processes 8 --minutes 60 --logs logs
 
 A GPU is kept busy by several small trainings at once. What each says goes to a log of its own (its number in the file);
-a line is printed whenever one ends. If the first commands that end all fail, no more are started.
+a line is printed whenever one ends. If the first commands that end all fail, the rest is stopped.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 HOPELESS = 4
-"""So many failures without a success, and no more commands are started."""
+"""So many failures without a success, and the rest is stopped."""
 
 
 def main() -> None:
@@ -44,10 +44,10 @@ def main() -> None:
             break
         while waiting and len(running) < args.processes:
             command, number = waiting.pop(0), number + 1
-            log = (args.logs / f"{number}.log").open("wb")
-            process = subprocess.Popen(
-                ["bash", "-c", command], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            with (args.logs / f"{number}.log").open("wb") as log:
+                process = subprocess.Popen(
+                    ["bash", "-c", command], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
             running[process] = number, command, time.monotonic()
         time.sleep(0.2)
     for process, (place, command, start) in running.items():

@@ -391,29 +391,35 @@ def test_a_group_whose_contents_come_to_light_is_tried_for_longer(shows, lost_la
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("convicted", "tried_again"), [(0, False), (1, False), (2, True)])
-def test_where_several_classes_are_convicted_groups_in_doubt_are_tried_for_longer(convicted, tried_again):
-    """Four classes of 25 images, a group of 5 in each; all fall by 0.4, the convicted by 0.8, for longer 0.9."""
-    labels = torch.arange(4).repeat_interleave(25)
-    small = torch.arange(100) % 25 < 5
-    sure = torch.full((100, 4), 0.01 / 3).scatter(1, labels[:, None], 0.99)
+@pytest.mark.parametrize(
+    ("classes", "convicted", "tried_again"),
+    [(2, 1, False), (3, 2, False), (4, 0, False), (4, 2, False), (4, 3, True), (12, 3, False), (12, 4, True)],
+)
+def test_where_several_classes_are_convicted_groups_in_doubt_are_tried_for_longer(classes, convicted, tried_again):
+    """Classes of 25 images, a group of 5 in each; all fall by 0.4, the convicted by 0.8, for longer 0.9."""
+    count = 25 * classes
+    labels = torch.arange(classes).repeat_interleave(25)
+    small = torch.arange(count) % 25 < 5
+    sure = torch.full((count, classes), 0.01 / (classes - 1)).scatter(1, labels[:, None], 0.99)
 
     def outputs(fall):
         """Whose label is likelier falls, the others stay alike: nothing comes to light."""
-        given = sure - sure * fall[:, None] * nn.functional.one_hot(labels, 4)
-        return (given + (1 - given.sum(1, keepdim=True)) / 3 * (1 - nn.functional.one_hot(labels, 4))).log()
+        mine = nn.functional.one_hot(labels, classes)
+        given = sure - sure * fall[:, None] * mine
+        return (given + (1 - given.sum(1, keepdim=True)) / (classes - 1) * (1 - mine)).log()
 
     calls = []
 
     def purify(part, why, times):
         calls.append(times)
-        fall = torch.where(labels < convicted, 0.8, 0.4) if times == 1 else torch.full((100,), 0.9)
+        fall = torch.where(labels < convicted, 0.8, 0.4) if times == 1 else torch.full((count,), 0.9)
         return nn.Identity(), outputs(torch.where(small, fall, 0.0))
 
-    split = Split(small.long(), torch.ones(4), torch.full((4,), 2), torch.full((4,), 0.2))
-    found = cross_examine(split, nobody(100), nn.Identity(), sure.log(), labels, purify, **limits(split), longer=6)
+    split = Split(small.long(), torch.ones(classes), torch.full((classes,), 2), torch.full((classes,), 0.2))
+    found = cross_examine(split, nobody(count), nn.Identity(), sure.log(), labels, purify, **limits(split), longer=6)
     assert calls == ([1, 6] if tried_again else [1])
     assert torch.equal(found.left_out, small & ((labels < convicted) | tried_again))
+    assert found.to_json(labels)["longer"] == (list(range(convicted, classes)) if tried_again else [])
 
 
 @pytest.mark.parametrize("share_believed", [0.3, 0.01])

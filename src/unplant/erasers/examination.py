@@ -23,8 +23,9 @@ REVEALED = 0.3
 """What its images turn out to show must have become likelier by this much. Digits, groups that lost more than `HINT`:
 natural ones of three clean models 0.25 at most, poison that works on one class 0.44 and more (three models)."""
 
-SEVERAL = 0.25
-"""If more than this share of the classes lose a group, poison has many targets, and others are likely to hold some."""
+SEVERAL = 2, 0.25
+"""If more classes and a larger share of them lose a group, poison has many targets, and others are likely to hold some.
+An all-to-one attack convicts one class, by error two, be they few or many."""
 
 Purify = Callable[[Tensor, str, int], tuple[nn.Module, Tensor]]
 """Steps 1 and 2 on the images of a mask (N,), the text says what for, so many times as long: the purified model and its
@@ -92,6 +93,7 @@ class Examination:
         fall: float (K,), share of its label's probability that each class's most suspicious group lost, beyond the
             trusted one; 0 for classes of one group.
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
+        longer: bool (K,), classes with a group in doubt that was tried for longer.
     """
 
     left_out: Tensor
@@ -100,11 +102,17 @@ class Examination:
     start: nn.Module
     fall: Tensor
     own_label: Tensor
+    longer: Tensor
 
     def to_json(self, labels: Tensor) -> dict[str, list[float]]:
-        """Per class: how far its more suspicious group fell, and how many of its images are left out."""
+        """Per class: how far its more suspicious group fell, and how many of its images are left out; classes tried
+        for longer."""
         counts = torch.bincount(labels[self.left_out], minlength=len(self.fall))
-        return {"fall": [round(v, 3) for v in self.fall.tolist()], "left_out": counts.tolist()}
+        return {
+            "fall": [round(v, 3) for v in self.fall.tolist()],
+            "left_out": counts.tolist(),
+            "longer": self.longer.nonzero().flatten().tolist(),
+        }
 
 
 def cross_examine(
@@ -204,9 +212,12 @@ def cross_examine(
     for kept in range(1, int(split.count[heavy].max()) if heavy.any() else 0):
         trial(kept, heavy & (split.count > kept))
     shown = mean_by(cell, revealed(before, outputs, labels), left_out & ~seen_out, classes * width).view(classes, width)
-    slow = (shown > REVEALED) | ((falls() > fallen).any(1).float().mean() > SEVERAL)
+    convicted = int((falls() > fallen).any(1).sum())
+    slow = (shown > REVEALED) | (convicted > max(SEVERAL[0], SEVERAL[1] * classes))
     doubted = ((falls() > HINT) & (falls() <= fallen) & slow).any(1)
-    if longer > 1 and doubted.any():
+    if longer == 1:
+        doubted = torch.zeros_like(doubted)
+    if doubted.any():
         model, given = purified(left_out, "groups in doubt, for longer", longer)
         models.insert(0, (left_out, model))
         turned = doubted[labels]
@@ -216,5 +227,5 @@ def cross_examine(
     fall = falls().amax(1)
     fell = left_out & (falls().flatten()[cell] > torch.where(for_one, LEAST_FALL, fallen))
     return Examination(
-        fell | everywhere, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), everywhere & ~fell
+        fell | everywhere, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), everywhere & ~fell, doubted
     )
