@@ -29,6 +29,8 @@ class Findings:
             share of other images in which the infected model obeys it; None where none could be recovered.
         trigger_after: share in which the purified model does.
         sources: the classes on whose images alone the recovered trigger was seen to work; empty: on any.
+        in_doubt: the classes, not among the targets, that hold a group which hangs on its label nearly as poison does.
+            Whether it is poison is undecided; it was not erased, and the estimates don't cover it.
     """
 
     infected: bool
@@ -41,6 +43,7 @@ class Findings:
     trigger_before: float | None = None
     trigger_after: float | None = None
     sources: tuple[int, ...] = ()
+    in_doubt: tuple[int, ...] = ()
 
     @property
     def asr_estimate(self) -> float | None:
@@ -55,6 +58,7 @@ class Findings:
         return asdict(self) | {
             "targets": list(self.targets),
             "sources": list(self.sources),
+            "in_doubt": list(self.in_doubt),
             "asr_estimate": self.asr_estimate,
         }
 

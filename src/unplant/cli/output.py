@@ -84,10 +84,15 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
             "Verdict: no trigger found. No patch, shift or warp takes most images to one class; triggers of another "
             "kind, or of each image's own, would look the same, so the model was fine-tuned all the same."
         ]
+    doubt = [
+        f"In doubt: {listed(found.in_doubt, classes)}. Some images there hang on their label nearly as poisoned ones do; "
+        "if they are poisoned, that backdoor is left, and no estimate covers it."
+    ]
     if not found.infected:
         return [
             "Verdict: no backdoor found. No class holds a group of images that hang on their label by a trigger; "
-            "an attack made to leave no such group would look the same."
+            "an attack made to leave no such group would look the same.",
+            *(doubt if found.in_doubt else []),
         ]
     targets = listed(found.targets, classes)
     rate = f"estimated poisoning rate {percent(found.poisoning_rate)}, " if found.poisoning_rate is not None else ""
@@ -114,4 +119,4 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
             f"{percent(found.asr_left)} their suspicious label (at most {percent(found.asr_left_upper)}); "
             "images whose label is right after all may keep it."
         )
-    return lines
+    return lines + (doubt if found.in_doubt else [])

@@ -128,7 +128,6 @@ def pbe(
         lesson = Lesson(random_part(data, config.initial_share, generator), data.labels)
     else:
         found = run.examine()
-        run.left_out, run.own_label = found.left_out, found.own_label
         suspicion = run.shared(found.score)
         if not found.left_out.any():
             return run.erasure(infected, suspicion, run.nobody, run.before)
