@@ -377,6 +377,10 @@ def test_the_verdict_is_said_in_words():
     assert moving.to_json()["asr_estimate"] == 0.05
     (nothing,) = verdict(dataclasses.replace(found, infected=False, targets=()), ("ant", "bee", "cat"))
     assert nothing.startswith("Verdict: no backdoor found.")
+    for infected in (True, False):
+        *said, last = verdict(dataclasses.replace(found, infected=infected, in_doubt=(0, 2)), ("ant", "bee", "cat"))
+        assert said == (lines if infected else [nothing])
+        assert last.startswith("In doubt: ant, cat. Some images there hang on their label nearly as poisoned ones do")
     assert len(verdict(dataclasses.replace(found, targets=tuple(range(30))), [f"c{k}" for k in range(30)])[0]) < 250
 
 

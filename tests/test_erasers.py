@@ -11,6 +11,7 @@ from unplant.classifier import Classifier
 from unplant.detection.transplant import Recovered, Transplant
 from unplant.erasers import erasers
 from unplant.erasers.base import Method, settle
+from unplant.erasers.examination import Examination
 from unplant.erasers.pbe_run import Run
 from unplant.erasers.selection import Lesson
 from unplant.erasers.steps import adversarial_fine_tuning
@@ -49,6 +50,23 @@ def test_pbe_leaves_a_model_as_it_was_if_it_finds_nothing():
     assert all(torch.equal(model.state_dict()[key], value) for key, value in erasure.model.state_dict().items())
     assert not erasure.suspects.any()
     assert not erasure.findings.infected
+    assert erasure.findings.in_doubt == ()
+
+
+def test_pbe_reports_the_classes_that_its_examination_left_in_doubt(monkeypatch):
+    """Nothing is convicted, so that the model stays as it is, but the report doesn't keep silent."""
+    data = noise(count=200)
+    model = network(data)
+
+    def doubtful(split, carrying, infected, before, labels, purify, **settings):
+        nobody = torch.zeros(len(labels), dtype=torch.bool)
+        few = torch.zeros(4)
+        return Examination(nobody, few.new_zeros(200), before, infected, few, nobody, few > 0, torch.arange(4) == 2)
+
+    monkeypatch.setattr("unplant.erasers.pbe_run.cross_examine", doubtful)
+    config = erasers["pbe"].configure(batch_size=16)
+    erasure = erasers["pbe"].run(model, data, config, generator=torch.Generator().manual_seed(0))
+    assert (erasure.findings.infected, erasure.findings.in_doubt) == (False, (2,))
 
 
 def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
@@ -57,6 +75,7 @@ def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
     model, trained = network(data), network(data, seed=1)
     state = Run(model, data, erasers["pbe"].configure(batch_size=16), torch.Generator().manual_seed(0), None)
     state.left_out = (data.labels == 1) & (torch.arange(80) < 40)
+    state.in_doubt = torch.tensor([True, False, False, True])
     knows = torch.nn.functional.one_hot(data.labels, 4).float()
     erasure = state.erasure(trained, torch.rand(80), state.left_out, knows)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in erasure.model.state_dict().items())
@@ -66,6 +85,7 @@ def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
     kept = state.erasure(trained, torch.rand(80), state.left_out, knows.roll(1, 1))
     assert kept.model is trained
     assert kept.findings.targets == (1,)
+    assert erasure.findings.in_doubt == kept.findings.in_doubt == (0, 3)
 
 
 class Undecided:

@@ -391,12 +391,13 @@ def test_a_group_whose_contents_come_to_light_is_tried_for_longer(shows, lost_la
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("later", [0.9, 0.27, 0.2, 0.1])
 @pytest.mark.parametrize(
     ("classes", "convicted", "tried_again"),
     [(2, 1, False), (3, 2, False), (4, 0, False), (4, 2, False), (4, 3, True), (12, 3, False), (12, 4, True)],
 )
-def test_where_several_classes_are_convicted_groups_in_doubt_are_tried_for_longer(classes, convicted, tried_again):
-    """Classes of 25 images, a group of 5 in each; all fall by 0.4, the convicted by 0.8, for longer 0.9."""
+def test_where_several_classes_are_convicted_half_a_longer_fall_convicts_others(classes, convicted, tried_again, later):
+    """Classes of 25 images, a group of 5 in each; all fall by 0.4, the convicted by 0.8."""
     count = 25 * classes
     labels = torch.arange(classes).repeat_interleave(25)
     small = torch.arange(count) % 25 < 5
@@ -412,14 +413,17 @@ def test_where_several_classes_are_convicted_groups_in_doubt_are_tried_for_longe
 
     def purify(part, why, times):
         calls.append(times)
-        fall = torch.where(labels < convicted, 0.8, 0.4) if times == 1 else torch.full((count,), 0.9)
+        fall = torch.where(labels < convicted, 0.8, 0.4) if times == 1 else torch.full((count,), later)
         return nn.Identity(), outputs(torch.where(small, fall, 0.0))
 
     split = Split(small.long(), torch.ones(classes), torch.full((classes,), 2), torch.full((classes,), 0.2))
     found = cross_examine(split, nobody(count), nn.Identity(), sure.log(), labels, purify, **limits(split), longer=6)
     assert calls == ([1, 6] if tried_again else [1])
-    assert torch.equal(found.left_out, small & ((labels < convicted) | tried_again))
-    assert found.to_json(labels)["longer"] == (list(range(convicted, classes)) if tried_again else [])
+    others = list(range(convicted, classes))
+    assert torch.equal(found.left_out, small & ((labels < convicted) | (tried_again and later > 0.25)))
+    said = found.to_json(labels)
+    assert said["longer"] == (others if tried_again else [])
+    assert said["in_doubt"] == (others if not tried_again or later == 0.2 else []), "0.7 of the half, or of its half"
 
 
 @pytest.mark.parametrize("share_believed", [0.3, 0.01])

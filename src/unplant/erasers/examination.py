@@ -30,7 +30,7 @@ they few or many."""
 
 DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
-and most whose poison was missed."""
+and ten of 16 that missed poison."""
 
 Purify = Callable[[Tensor, str, int], tuple[nn.Module, Tensor]]
 """Steps 1 and 2 on the images of a mask (N,), the text says what for, so many times as long: the purified model and its
