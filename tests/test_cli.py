@@ -14,6 +14,7 @@ import torch
 from unplant.cli import main
 from unplant.cli.output import verdict
 from unplant.data import digits, open_data, write_folder
+from unplant.erasers.examination import Examination
 from unplant.images import LabeledImages
 from unplant.results import Findings
 from unplant.runs import ModelCard, open_classifier, save_classifier
@@ -227,6 +228,32 @@ def test_clean_data_means_aft(workshop, tmp_path, capsys):
     report = json.loads(out)
     assert (report["method"], report["suspects"], report["before"]) == ("aft", None, None)
     assert not (out_folder / "suspects.csv").exists()
+
+
+def test_images_in_doubt_are_told_of_listed_and_shown(workshop, tmp_path, capsys, monkeypatch):
+    """Where nobody is convicted, too."""
+
+    def doubtful(split, carrying, infected, before, labels, purify, **settings):
+        nobody, few = torch.zeros(len(labels), dtype=torch.bool), torch.zeros(10)
+        score = torch.linspace(0, 0.49, len(labels))
+        return Examination(nobody, score, before, infected, few, nobody, few > 0, labels == 3)
+
+    monkeypatch.setattr("unplant.erasers.pbe_run.cross_examine", doubtful)
+    command = ["erase", workshop / "model.safetensors", "--suspect", workshop / "data"]
+    code, _, said = call(capsys, *command, "-o", tmp_path / "out")
+    assert code == 0
+    assert "In doubt: 3. Some images there hang on their label" in said
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "in_doubt.csv").read_text())))
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert {row["label"] for row in rows} == {"3"}
+    assert len(rows) == result["in_doubt"] == len(list((workshop / "data" / "3").iterdir()))
+    assert [float(row["suspicion"]) for row in rows] == sorted((float(row["suspicion"]) for row in rows), reverse=True)
+    assert result["findings"]["in_doubt"] == [3]
+    assert (tmp_path / "out" / "in_doubt.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / "suspects.png").exists()
+    monkeypatch.undo()
+    assert call(capsys, *command, "-o", tmp_path / "sure")[0] == 0
+    assert not (tmp_path / "sure" / "in_doubt.csv").exists()
 
 
 def test_two_runs_give_the_same_weights(workshop, tmp_path, capsys):

@@ -60,13 +60,15 @@ def test_pbe_reports_the_classes_that_its_examination_left_in_doubt(monkeypatch)
 
     def doubtful(split, carrying, infected, before, labels, purify, **settings):
         nobody = torch.zeros(len(labels), dtype=torch.bool)
-        few = torch.zeros(4)
-        return Examination(nobody, few.new_zeros(200), before, infected, few, nobody, few > 0, torch.arange(4) == 2)
+        few, doubted = torch.zeros(4), (labels == 2) & (torch.arange(200) < 40)
+        return Examination(nobody, torch.arange(200) / 200, before, infected, few, nobody, few > 0, doubted)
 
     monkeypatch.setattr("unplant.erasers.pbe_run.cross_examine", doubtful)
     config = erasers["pbe"].configure(batch_size=16)
     erasure = erasers["pbe"].run(model, data, config, generator=torch.Generator().manual_seed(0))
     assert (erasure.findings.infected, erasure.findings.in_doubt) == (False, (2,))
+    assert erasure.ranked_in_doubt().tolist() == [i for i in reversed(range(40)) if data.labels[i] == 2]
+    assert len(erasure.ranked()) == 0
 
 
 def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
@@ -75,7 +77,7 @@ def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():
     model, trained = network(data), network(data, seed=1)
     state = Run(model, data, erasers["pbe"].configure(batch_size=16), torch.Generator().manual_seed(0), None)
     state.left_out = (data.labels == 1) & (torch.arange(80) < 40)
-    state.in_doubt = torch.tensor([True, False, False, True])
+    state.in_doubt = (data.labels % 3 == 0) & (torch.arange(80) < 8)
     knows = torch.nn.functional.one_hot(data.labels, 4).float()
     erasure = state.erasure(trained, torch.rand(80), state.left_out, knows)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in erasure.model.state_dict().items())

@@ -34,15 +34,17 @@ def grid(rows: Sequence[tuple[str, Tensor, Sequence[str]]], *, scale: float = 0.
     return buffer.getvalue()
 
 
-def suspects(data: LabeledImages, ranked: Tensor, suspicion: Tensor, count: int = 24) -> bytes:
+def suspects(
+    data: LabeledImages, ranked: Tensor, suspicion: Tensor, count: int = 24, title: str = "Top suspects"
+) -> bytes:
     """The most suspicious images with the labels they came with, at most 12 in a row."""
     chosen = ranked[:count]
     rows = []
     for start in range(0, max(1, len(chosen)), 12):
         part = chosen[start : start + 12]
         captions = [f"{data.classes[int(data.labels[i])]} ({float(suspicion[i]):.2f})" for i in part]
-        title = "Top suspects: label in the training set (suspicion)" if start == 0 else ""
-        rows.append((title, data.images[part], captions))
+        over = f"{title}: label in the training set (suspicion)" if start == 0 else ""
+        rows.append((over, data.images[part], captions))
     return grid(rows)
 
 

@@ -77,6 +77,8 @@ class Erasure:
         findings: what the run says about the backdoor; None where the method doesn't look for one.
         trigger: what was recovered from the suspects as the trigger, pixels (N, C, H, W) in [0, 1] → the same with it;
             None where nothing was.
+        in_doubt: bool (N,), images of which it isn't decided whether they are poisoned, see `Findings`; None where the
+            method doesn't judge images.
     """
 
     model: nn.Module
@@ -86,15 +88,23 @@ class Erasure:
     extra_sets: list[Tensor] = field(default_factory=list)
     findings: Findings | None = None
     trigger: Callable[[Tensor], Tensor] | None = None
+    in_doubt: Tensor | None = None
 
     def ranked(self) -> Tensor:
         """Indices of the flagged images, the most suspicious first; empty where nothing is flagged."""
+        return self._ranked(self.suspects)
+
+    def ranked_in_doubt(self) -> Tensor:
+        """Indices of the images in doubt, the most suspicious first."""
+        return self._ranked(self.in_doubt)
+
+    def _ranked(self, chosen: Tensor | None) -> Tensor:
         import torch
 
-        if self.suspects is None or self.suspicion is None:
+        if chosen is None or self.suspicion is None:
             return torch.empty(0, dtype=torch.int64)
-        flagged = self.suspects.nonzero().flatten()
-        return flagged[self.suspicion[flagged].argsort(descending=True, stable=True)]
+        places = chosen.nonzero().flatten()
+        return places[self.suspicion[places].argsort(descending=True, stable=True)]
 
 
 @dataclass(frozen=True)

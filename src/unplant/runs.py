@@ -148,7 +148,8 @@ def open_classifier(
 def save_erasure(
     folder: Path, erasure: Erasure, data: LabeledImages, card: ModelCard, config: Config, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes a run's folder: the purified model, the ranked suspects, what every round did, and the configuration.
+    """Writes a run's folder: the purified model, the ranked suspects and images in doubt, what every round did, and the
+    configuration.
 
     Returns:
         What `result.json` holds.
@@ -157,16 +158,19 @@ def save_erasure(
     write_json(
         folder / "config.json", {"model": card.model_dump(mode="json"), "eraser": config.model_dump(mode="json")}
     )
-    ranked = erasure.ranked().tolist()
-    if erasure.suspicion is not None:
+    ranked, doubtful, suspicion = erasure.ranked().tolist(), erasure.ranked_in_doubt().tolist(), erasure.suspicion
+    if suspicion is not None:
         names = data.names or tuple(str(index) for index in range(len(data)))
-        rows = [(names[i], data.classes[int(data.labels[i])], f"{float(erasure.suspicion[i]):.6f}") for i in ranked]
-        write_csv(folder / "suspects.csv", ("file", "label", "suspicion"), rows)
+        for name, places in {"suspects.csv": ranked, "in_doubt.csv": doubtful}.items():
+            if places or name == "suspects.csv":
+                rows = [(names[i], data.classes[int(data.labels[i])], f"{float(suspicion[i]):.6f}") for i in places]
+                write_csv(folder / name, ("file", "label", "suspicion"), rows)
     lines = [json.dumps(entry, ensure_ascii=False) for entry in erasure.rounds]
     write_atomically(folder / "events.jsonl", "\n".join(lines) + "\n")
     result = {
         **about,
-        "suspects": len(ranked) if erasure.suspicion is not None else None,
+        "suspects": len(ranked) if suspicion is not None else None,
+        "in_doubt": len(doubtful) if suspicion is not None else None,
         "findings": erasure.findings.to_json() if erasure.findings else None,
         "images": len(data),
         "fingerprint": data.fingerprint(),

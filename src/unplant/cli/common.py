@@ -121,12 +121,15 @@ def read_attack(spec: str | None, *, target: int, all_to_all: bool) -> Attack | 
 
 
 def save_pictures(folder: Path, data: LabeledImages, erasure: Erasure) -> list[str]:
-    """`suspects.png` and, where a trigger was recovered, `trigger.png`; returns what was written."""
+    """`suspects.png`, `in_doubt.png` and `trigger.png`, where there is any; returns what was written."""
     written = []
-    if erasure.suspicion is not None and len(erasure.ranked()):
-        picture = pictures.suspects(data, erasure.ranked(), erasure.suspicion)
-        write_atomically(folder / "suspects.png", picture)
-        written.append("suspects.png")
+    for name, ranked, title in (
+        ("suspects.png", erasure.ranked(), "Top suspects"),
+        ("in_doubt.png", erasure.ranked_in_doubt(), "In doubt"),
+    ):
+        if erasure.suspicion is not None and len(ranked):
+            write_atomically(folder / name, pictures.suspects(data, ranked, erasure.suspicion, title=title))
+            written.append(name)
     if erasure.trigger is not None:
         picture = pictures.recovered_trigger(data, erasure.suspects, erasure.trigger)
         write_atomically(folder / "trigger.png", picture)

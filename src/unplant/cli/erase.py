@@ -106,6 +106,8 @@ def run(
             say(line)
     if erasure.suspects is not None:
         say(f"{result['suspects']} of {len(data)} training images look poisoned: {out / 'suspects.csv'}")
+    if result["in_doubt"]:
+        say(f"{result['in_doubt']} are in doubt: {out / 'in_doubt.csv'}")
     if shown:
         say(f"Pictures in {out}: {', '.join(shown)}")
     say(f"Purified model: {out / 'model.safetensors'}")

@@ -56,7 +56,7 @@ def findings(
     obeyed: Sequence[float | None],
     kin: Tensor,
     sources: tuple[int, ...] = (),
-    in_doubt: Tensor | None = None,
+    in_doubt: Sequence[int] = (),
 ) -> Findings:
     """What the suspects say about the backdoor, and the witnesses about what is left of it.
 
@@ -70,7 +70,7 @@ def findings(
         kin: bool (N,), images that were found out by their likeness to the suspects. They aren't heard: that the
             purified model gives them another label is why they were.
         sources: the classes on whose images alone the recovered trigger works.
-        in_doubt: bool (K,), see `Examination`.
+        in_doubt: the classes of groups that are in doubt.
     """
     counts = torch.bincount(labels[suspects & left_out], minlength=after.shape[1])
     targets = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
@@ -85,7 +85,7 @@ def findings(
         trigger_before=obeyed[0],
         trigger_after=obeyed[1],
         sources=sources,
-        in_doubt=tuple(in_doubt.nonzero().flatten().tolist()) if in_doubt is not None else (),
+        in_doubt=tuple(in_doubt),
     )
 
 
@@ -102,7 +102,7 @@ class Examination:
             trusted one; 0 for classes of one group.
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
         longer: bool (K,), classes with a group in doubt that was tried for longer.
-        in_doubt: bool (K,), classes with a group that is trusted again, but lost nearly as much as would convict it.
+        in_doubt: bool (N,), groups that are trusted again, but lost nearly as much as would convict them.
     """
 
     left_out: Tensor
@@ -122,7 +122,7 @@ class Examination:
             "fall": [round(v, 3) for v in self.fall.tolist()],
             "left_out": counts.tolist(),
             "longer": self.longer.nonzero().flatten().tolist(),
-            "in_doubt": self.in_doubt.nonzero().flatten().tolist(),
+            "in_doubt": labels[self.in_doubt].unique().tolist(),
         }
 
 
@@ -238,9 +238,10 @@ def cross_examine(
     start = next((model for without, model in models if torch.equal(without, left_out)), infected)
     fall = falls().amax(1)
     limit = torch.where(doubted & several, fallen / 2, fallen)
-    fell = left_out & (falls().flatten()[cell] > torch.where(for_one, LEAST_FALL, limit[labels]))
+    lost_by, enough = falls().flatten()[cell], torch.where(for_one, LEAST_FALL, limit[labels])
+    fell = left_out & (lost_by > enough)
     out = fell | everywhere
-    in_doubt = (fall > DOUBT * limit) & ~torch.zeros_like(many).index_fill_(0, labels[out], True)
+    in_doubt = left_out & ~out & (lost_by > DOUBT * limit[labels])
     return Examination(
         out, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), everywhere & ~fell, doubted, in_doubt
     )

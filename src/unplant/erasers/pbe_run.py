@@ -44,7 +44,7 @@ class Run:
         nobody: bool (N,), all false.
         left_out: bool (N,), groups that hang on their label.
         own_label: bool (N,), those of them whose label is theirs by right.
-        in_doubt: bool (K,), classes with a group of which it isn't decided whether it does.
+        in_doubt: bool (N,), groups of which it isn't decided whether they do.
         witnesses: bool (N,), images that are never taught under new labels.
         relabelled: bool (N,), images that were.
         acquitted: bool (N,), undecided images that joined D_ext before the ending.
@@ -70,8 +70,7 @@ class Run:
         self.final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
         self.before = self.outputs(infected)
         self.nobody = torch.zeros(len(data), dtype=torch.bool)
-        self.left_out = self.own_label = self.nobody
-        self.in_doubt = torch.zeros(data.num_classes, dtype=torch.bool)
+        self.left_out = self.own_label = self.in_doubt = self.nobody
         self.witnesses = torch.rand(len(data), generator=generator) < config.witnesses
         self.relabelled = self.acquitted = self.nobody
         self.rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
@@ -219,5 +218,8 @@ class Run:
                 obedience(model, data, known, targets, trigger, self.config.precision)
                 for model in (self.infected, purified)
             ]
-        said = findings(suspects, self.left_out, heard, after, data.labels, obeyed, kin, sources, self.in_doubt)
-        return Erasure(purified, suspicion, suspects | kin, self.rounds, self.extra_sets, said, change)
+        flagged = suspects | kin
+        in_doubt = self.in_doubt & ~flagged
+        doubtful = data.labels[in_doubt].unique().tolist()
+        said = findings(suspects, self.left_out, heard, after, data.labels, obeyed, kin, sources, doubtful)
+        return Erasure(purified, suspicion, flagged, self.rounds, self.extra_sets, said, change, in_doubt)
