@@ -389,6 +389,8 @@ def test_the_verdict_is_said_in_words():
         "Verdict: infected. Target labels: bee, ant; estimated poisoning rate 5.1 %, estimated ASR that is left 2.0 %."
     )
     assert "99.0 % of other images, the purified model's on 2.0 %" in lines[1]
+    (counted, *_) = verdict(dataclasses.replace(found, flagged=(1234, 1)), ("ant", "bee", "cat"))
+    assert counted.startswith("Verdict: infected. Target labels: bee (1,234 images), ant (1 image); estimated")
     picky = verdict(dataclasses.replace(found, sources=(2,)), ("ant", "bee", "cat"))
     assert picky[1] == f"{lines[1]} It works on images of cat alone."
     assert "Of 20 suspects" in lines[2]

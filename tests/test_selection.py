@@ -124,6 +124,7 @@ def test_witnesses_tell_how_much_of_the_backdoor_is_left():
     said = findings(suspects, left_out, witnesses, purified, labels, (0.9, 0.1), kin)
     assert said.infected
     assert said.targets == (0, 1)  # 2 has a suspect, but no group that fell
+    assert said.flagged == (3, 2)  # kin is counted, too
     assert said.poisoning_rate == pytest.approx(6 / 9)
     assert said.witnesses == 3  # images 0, 1 and 4; kin isn't heard
     assert said.asr_left == pytest.approx(1 / 3)  # image 0 is still called 0
@@ -144,7 +145,7 @@ def test_without_suspects_nothing_is_said_about_what_is_left():
     nobody = torch.zeros(4, dtype=torch.bool)
     said = findings(nobody, nobody, ~nobody, torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), (None, None), nobody)
     assert not said.infected
-    assert (said.targets, said.poisoning_rate, said.witnesses) == ((), 0, 0)
+    assert (said.targets, said.flagged, said.poisoning_rate, said.witnesses) == ((), (), 0, 0)
     assert said.asr_left is said.asr_left_upper is None
 
 

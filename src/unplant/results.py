@@ -31,6 +31,7 @@ class Findings:
         sources: the classes on whose images alone the recovered trigger was seen to work; empty: on any.
         in_doubt: the classes, not among the targets, that hold a group which hangs on its label nearly as poison does.
             Whether it is poison is undecided; it was not erased, and the estimates don't cover it.
+        flagged: how many suspects each of the targets has, in their order; empty by inversion.
     """
 
     infected: bool
@@ -44,6 +45,7 @@ class Findings:
     trigger_after: float | None = None
     sources: tuple[int, ...] = ()
     in_doubt: tuple[int, ...] = ()
+    flagged: tuple[int, ...] = ()
 
     @property
     def asr_estimate(self) -> float | None:
@@ -59,6 +61,7 @@ class Findings:
             "targets": list(self.targets),
             "sources": list(self.sources),
             "in_doubt": list(self.in_doubt),
+            "flagged": list(self.flagged),
             "asr_estimate": self.asr_estimate,
         }
 

@@ -71,10 +71,11 @@ def percent(value: float | None) -> str:
     return "unknown" if value is None else f"{100 * value:.1f} %"
 
 
-def listed(labels: Sequence[int], classes: Sequence[str]) -> str:
-    """Names of classes, ten at most."""
+def listed(labels: Sequence[int], classes: Sequence[str], images: Sequence[int] = ()) -> str:
+    """Names of classes, ten at most, with how many images of each are meant, if that is known."""
     more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
-    return ", ".join(classes[label] for label in labels[:10]) + more
+    counts = [f" ({count:,} image{'' if count == 1 else 's'})" for count in images] or [""] * len(labels)
+    return ", ".join(classes[label] + count for label, count in list(zip(labels, counts, strict=True))[:10]) + more
 
 
 def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
@@ -94,7 +95,7 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
             "an attack made to leave no such group would look the same.",
             *(doubt if found.in_doubt else []),
         ]
-    targets = listed(found.targets, classes)
+    targets = listed(found.targets, classes, found.flagged)
     rate = f"estimated poisoning rate {percent(found.poisoning_rate)}, " if found.poisoning_rate is not None else ""
     lines = [
         f"Verdict: infected. Target {'label' if len(found.targets) == 1 else 'labels'}: {targets}; "

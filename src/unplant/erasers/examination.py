@@ -74,6 +74,7 @@ def findings(
     """
     counts = torch.bincount(labels[suspects & left_out], minlength=after.shape[1])
     targets = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
+    flagged = torch.bincount(labels[suspects | kin], minlength=after.shape[1])
     obeying = (after.argmax(1) == labels)[suspects & witnesses]
     return Findings(
         infected=bool(targets),
@@ -86,6 +87,7 @@ def findings(
         trigger_after=obeyed[1],
         sources=sources,
         in_doubt=tuple(in_doubt),
+        flagged=tuple(int(flagged[label]) for label in targets),
     )
 
 
