@@ -427,6 +427,28 @@ def test_where_several_classes_are_convicted_half_a_longer_fall_convicts_others(
     assert said["in_doubt"] == (others if not tried_again or later == 0.2 else []), "0.7 of the half, or of its half"
 
 
+@pytest.mark.parametrize(("size", "alike"), [(10, True), (12, False)])
+def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of_the_same(size, alike):
+    """Five classes of 25 images; groups of 5 are convicted in four, one of `size` in the fifth falls by 0.4."""
+    labels, place = torch.arange(5).repeat_interleave(25), torch.arange(125) % 25
+    small = place < torch.where(labels == 4, size, 5)
+    mine = nn.functional.one_hot(labels, 5)
+    sure = mine * 0.96 + (1 - mine) * 0.01
+    calls = []
+
+    def purify(part, why, times):
+        calls.append(times)
+        fall = torch.where(small, torch.where(labels < 4, 0.8, 0.4), 0.0)[:, None]
+        return nn.Identity(), (sure - fall * sure * mine + fall * 0.96 * (1 - mine) / 4).log()
+
+    split = Split(small.long(), torch.ones(5), torch.full((5,), 2), torch.tensor([0.2] * 4 + [size / 25]))
+    settings = limits(split) | {"balanced": 0.5}
+    found = cross_examine(split, nobody(125), nn.Identity(), sure.log(), labels, purify, **settings, longer=6)
+    assert calls == ([1, 6] if alike else [1])
+    assert torch.equal(found.left_out, small & ((labels < 4) | alike))
+    assert labels[found.in_doubt].unique().tolist() == ([] if alike else [4])
+
+
 @pytest.mark.parametrize("share_believed", [0.3, 0.01])
 def test_trials_are_taught_only_what_the_infected_model_gives_its_label(share_believed):
     """Unless that is next to nothing; which images are tried doesn't change."""

@@ -28,6 +28,10 @@ SEVERAL = 2, 0.25
 what is tried for longer there need only lose half as much. An all-to-one attack convicts one class, by error two, be
 they few or many."""
 
+ALIKE = 2.0
+"""Such a group is at most so many times as large a part of its class as those convicted are in the median: one attack
+poisons its classes alike, and natural groups can be half of theirs."""
+
 DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
 and ten of 16 that missed poison."""
@@ -154,7 +158,7 @@ def cross_examine(
     class lost, are trusted again: they are natural kinds, such as digits written another way. If one lost little, but
     its images turn out to show what the infected model hadn't guessed (`revealed`), or many classes lost one
     (`SEVERAL`), its link may only be slow to break: it is tried for longer, and judged by that; with many such classes
-    half the loss convicts it. Groups that were seen
+    half the loss convicts it, if it is as small a part of its class as theirs are (`ALIKE`). Groups that were seen
     to carry a working trigger need no trial. If it works on all classes they aren't trusted again, even where they have
     their label by right (clean-label poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
@@ -226,9 +230,9 @@ def cross_examine(
     for kept in range(1, int(split.count[heavy].max()) if heavy.any() else 0):
         trial(kept, heavy & (split.count > kept))
     shown = mean_by(cell, revealed(before, outputs, labels), left_out & ~seen_out, classes * width).view(classes, width)
-    convicted = int((falls() > fallen).any(1).sum())
-    several = convicted > max(SEVERAL[0], SEVERAL[1] * classes)
-    doubted = ((falls() > HINT) & (falls() <= fallen) & ((shown > REVEALED) | several)).any(1)
+    part = mean_by(labels, left_out.float(), torch.ones_like(left_out), classes)
+    more = _some_more_of_it((falls() > fallen).any(1), part)
+    doubted = ((falls() > HINT) & (falls() <= fallen) & ((shown > REVEALED) | more[:, None])).any(1)
     if longer == 1:
         doubted = torch.zeros_like(doubted)
     if doubted.any():
@@ -239,7 +243,7 @@ def cross_examine(
         outputs = torch.where(turned[:, None], given, outputs)
     start = next((model for without, model in models if torch.equal(without, left_out)), infected)
     fall = falls().amax(1)
-    limit = torch.where(doubted & several, fallen / 2, fallen)
+    limit = torch.where(doubted & more, fallen / 2, fallen)
     lost_by, enough = falls().flatten()[cell], torch.where(for_one, LEAST_FALL, limit[labels])
     fell = left_out & (lost_by > enough)
     out = fell | everywhere
@@ -247,3 +251,15 @@ def cross_examine(
     return Examination(
         out, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), everywhere & ~fell, doubted, in_doubt
     )
+
+
+def _some_more_of_it(convicted: Tensor, part: Tensor) -> Tensor:
+    """Bool (K,): where a group in doubt is likely to be poison too, as several classes are convicted.
+
+    Args:
+        convicted: bool (K,).
+        part: float (K,), share of each class that was left out and tried.
+    """
+    if int(convicted.sum()) <= max(SEVERAL[0], SEVERAL[1] * len(convicted)):
+        return torch.zeros_like(convicted)
+    return ~convicted & (part <= ALIKE * part[convicted].median())
