@@ -151,9 +151,8 @@ def estimate(row: dict[str, Any]) -> str:
     if not said["infected"]:
         return "nothing found"
     parts = [percent(said["asr_left"])] if said["witnesses"] else []
-    return ", ".join(
-        parts + ([f"{percent(said['trigger_after'])} (trigger)"] if said["trigger_after"] is not None else [])
-    )
+    parts += [f"{percent(said['trigger_after'])} (trigger)"] if said["trigger_after"] is not None else []
+    return ", ".join(parts) or "unknown"
 
 
 def percent(value: float | None) -> str:
