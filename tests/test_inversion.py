@@ -230,18 +230,22 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
     assert not changed[10:].any()
 
 
-@pytest.mark.parametrize(("rate", "taught"), [(0.0, 0), (0.4, 4), (1.0, 10)])
-def test_as_many_stand_ins_are_taught_as_work(rate, taught, spot):
+@pytest.mark.parametrize(
+    ("rate", "least", "taught", "shifted"),
+    [(0.0, 0, 0, 0), (0.4, 0, 4, 0), (1.0, 0, 10, 0), (0.4, 0.3, 4, 3), (0, 0.5, 5, 5)],
+)
+def test_as_many_stand_ins_are_taught_as_work_and_no_fewer_than_the_least(rate, least, taught, shifted, spot):
     data = some_data()
     settings = {"warm_up": 2, "batch_size": 40, "adversarial_share": 0.5, "patch_area": 0.2}
-    config = AFTConfig(universal_eps=8 / 255, warp_reach=1.0, in_proportion=True, **settings)
+    config = AFTConfig(universal_eps=8 / 255, warp_reach=1.0, in_proportion=True, least_dose=least, **settings)
     change, (patches, shifts) = shared_stand_ins(spot, data, config, generator())
     patches.rates, shifts.rates = torch.tensor([0.0, rate, 0.0]), torch.zeros(CLASSES)
     masks, shift = patches.masks, shifts.shifts
     pixels = data.pixels(slice(0, 40))
     moved, _ = change(spot, pixels, data.labels)
     changed = (moved != pixels).flatten(1).any(1)
-    assert changed.nonzero().flatten().tolist() == list(range(taught))  # ten of each kind; the shifts don't work
+    # Ten of each kind; the shifts don't work.
+    assert changed.nonzero().flatten().tolist() == [*range(taught), *range(10, 10 + shifted)]
     assert not torch.equal(patches.masks, masks)  # all go on being tried
     assert not torch.equal(shifts.shifts, shift)
 

@@ -147,7 +147,7 @@ class TestAFT:
         assert erasure.findings.asr_estimate is None
         assert erasure.rounds[0]["kind"] == "mixed"
 
-    def test_warps_join_where_one_stood_out_and_no_more_is_taught_than_works(self):
+    def test_warps_join_where_one_stood_out_and_the_dose_is_in_proportion(self):
         data, nothing, patch = clean_images(100), torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 0.0])
         for rates, kind in (
             ({"patch": patch, "warp": nothing}, "mixed"),

@@ -1,8 +1,8 @@
 """AFT: adversarial fine-tuning on clean data (Mu et al., CVPR 2023, arXiv:2202.06312, section 4.1): Steps 1 and 2.
 
 What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
-(`stand_ins`), how many of them are taught (`in_proportion`), the infected model's opinion beside the labels (`belief`),
-no plain part at the end (`clean_steps`); docs/method.md says why.
+(`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion beside the
+labels (`belief`), no plain part at the end (`clean_steps`); docs/method.md says why.
 """
 
 import copy
@@ -57,6 +57,9 @@ class AFTConfig(AdversarialConfig):
     in_proportion: bool = Field(
         default=False,
         description="shared stand-ins: that share times the rate at which the best of them works on the model now",
+    )
+    least_dose: Share = Field(
+        default=0.5, description="in proportion: share of the stand-ins that are taught however rarely they work"
     )
     examination: int = Field(
         default=60,
@@ -154,7 +157,7 @@ def shared_stand_ins(
         ends = [round(count * place / len(kinds)) for place in range(len(kinds) + 1)]
         for shared, start, end in zip(kinds, ends, ends[1:], strict=False):
             if end > start:
-                dose = float(shared.rates.max()) if config.in_proportion else 1.0
+                dose = max(config.least_dose, float(shared.rates.max())) if config.in_proportion else 1.0
                 tried = improved(shared, model, pixels[start:end], labels[start:end], config.inversion_steps)
                 taught = round((end - start) * dose)
                 moved += [tried[:taught], pixels[start + taught : end]]
@@ -266,7 +269,8 @@ def examined(
 def known_dose(found: Inverted) -> dict[str, Any]:
     """Settings for models in which a trigger was found.
 
-    Stand-ins that imitate it are at hand, so no more are taught than work. Warps join where one stood out.
+    Stand-ins that imitate it are at hand, so little more is taught than works: but half, as what imitates a trigger at
+    first may cease to before the trigger is erased. Warps join where one stood out.
     """
     warps = any(kind == "warp" for kind, _ in found.standing_out)
     return {"stand_ins": "all" if warps else "mixed", "in_proportion": True, "steps": 300}
