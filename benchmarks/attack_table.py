@@ -2,6 +2,7 @@
 
 python benchmarks/attack_table.py docs/research/results/attacks.jsonl
 python benchmarks/attack_table.py docs/research/results/attacks-rates-digits.jsonl --rates
+python benchmarks/attack_table.py docs/research/results/never-infected.jsonl --never-infected
 """
 
 import argparse
@@ -12,13 +13,18 @@ from typing import Any
 
 
 def main() -> None:
-    """Reads the lines and prints one of two tables."""
+    """Reads the lines and prints one of three tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--rates", action="store_true", help="ASR by poisoning rate, mean over seeds")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--rates", action="store_true", help="ASR by poisoning rate, mean over seeds")
+    tables.add_argument(
+        "--never-infected", action="store_true", help="what a clean model that was trained alike makes of each trigger"
+    )
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
-    print("\n".join(rates(rows) if args.rates else scores(rows)))
+    table = rates if args.rates else never_infected if args.never_infected else scores
+    print("\n".join(table(rows)))
 
 
 def scores(rows: list[dict[str, Any]]) -> list[str]:
@@ -68,6 +74,26 @@ def rates(rows: list[dict[str, Any]]) -> list[str]:
             spread = f" ({percent(min(values))}–{percent(max(values))})" if len(values) > 1 else ""
             cells.append(percent(mean(values)) + spread if values else "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def never_infected(rows: list[dict[str, Any]]) -> list[str]:
+    """The clean model's ASR and RA under each trigger, the best that an eraser can be asked for."""
+    lines = [
+        "| cell | infected: ACC | ASR | never infected: ACC | ASR | RA | RA / ACC |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        clean = row.get("never_infected")
+        if not clean:
+            continue
+        cells = [
+            row["cell"] + (f", seed {row['seed']}" if row["seed"] else ""),
+            *(percent(row["scores"][name]) for name in ("acc", "asr")),
+            *(percent(clean[name]) for name in ("acc", "asr", "ra")),
+            percent(clean["ra"] / clean["acc"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

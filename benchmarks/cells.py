@@ -159,7 +159,7 @@ def run_missing(
     args: argparse.Namespace,
     key: Callable[[dict[str, Any]], Any],
     todo: Callable[[str], Any],
-    measure: Callable[[str, Attack | None], dict[str, Any] | None],
+    measure: Callable[[str, Attack | None], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Measures the cells that aren't in the result file yet, appends one line each, and returns all lines.
 
@@ -167,7 +167,7 @@ def run_missing(
         args: the options.
         key: of a result line, what identifies it.
         todo: of a cell's name, the key that its line would have.
-        measure: the line of a cell, from its name and attack; None: none is to be written.
+        measure: the line of a cell, from its name and attack.
     """
 
     def rows() -> list[dict[str, Any]]:
@@ -181,8 +181,6 @@ def run_missing(
         if todo(name) in map(key, rows()):
             continue
         row = measure(name, attack_of(spec, recipe))
-        if row is None:
-            continue
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return rows()
