@@ -12,6 +12,7 @@ from unplant.detection.transplant import (
     Recovered,
     answers,
     by_class,
+    carried,
     carriers,
     obedience,
     recovered_trigger,
@@ -131,6 +132,24 @@ def test_the_side_that_carries_the_trigger_is_found(poisoned_set, poison_is):
     everywhere, one_class = carriers(Obeys(), data, split_of(minor, 0), logits(Obeys(), data))
     assert torch.equal(everywhere, group)
     assert not one_class.any()
+
+
+@pytest.mark.parametrize(("dark", "found"), [(0.42, False), (0.2, True)])
+def test_a_group_whose_trigger_works_on_two_images_in_three_is_not_taken_for_poison(poisoned_set, dark, found):
+    """Natural groups do as much: airplanes before skies, on a small transformer."""
+    data, group = poisoned_set
+
+    class ObeysOnBright(nn.Module):
+        def forward(self, pixels):
+            obeys = (pixels[:, 0, 5:, 5:].mean((1, 2)) > 0.9) & (pixels[:, 0, 3, 3] > dark)
+            return torch.nn.functional.one_hot(torch.where(obeys, 0, shown(pixels)), 4).float() * 9
+
+    model = ObeysOnBright()
+    outputs = logits(model, data)
+    rate, _ = carried(model, data, group, 0, outputs, alike=True)
+    assert rate > 0.8 if found else 0.5 < rate < 0.7
+    everywhere, _ = carriers(model, data, split_of(group, 0), outputs)
+    assert bool(everywhere.any()) == found
 
 
 def test_a_natural_group_carries_nothing(poisoned_set):

@@ -19,6 +19,11 @@ ENOUGH = 4000
 OBEYED = 0.5
 """Share of other images that must get the group's label for the transplant to count as a trigger."""
 
+CARRIED = 0.8
+"""The same for a group that is taken for poison whether it loses its label or not. On CIFAR-10 poison makes its class
+of 99 % of other images and more; natural groups of 38 % at most on convolutional nets, airplanes of 65 % on a small
+transformer."""
+
 OBEYED_BY_CLASS = 0.7
 """The same of the images of one class, for a trigger that works on some classes only. On CIFAR-10 a natural group of
 deer makes deer of 66 % of another class's images, the next one 27 %; all-to-all triggers work on 70 to 97 %."""
@@ -99,7 +104,7 @@ def carriers(
     """Groups that carry a trigger that works on images of the other classes, or of one of them.
 
     A group's moments, against those of all other classes, are transplanted into images of other classes. If the
-    model then sees the class in most of them, it isn't for their contents: ordinary classes don't pass on their label
+    model then sees the class in so many, it isn't for their contents: ordinary classes don't pass on their label
     like that, and where they do (`TEMPLATE`), or where all groups of a class do, the test abstains. It needs no
     fine-tuning, and poisoned images that have their true label don't escape it.
 
@@ -125,7 +130,7 @@ def carriers(
         groups = [(data.labels == label) & (split.group == number) for number in range(int(split.count[label]))]
         rates = [carried(model, data, group, label, outputs, precision, alike=True) for group in groups]
         for test in tests:
-            enough = (OBEYED, OBEYED_BY_CLASS)[test]
+            enough = (CARRIED, OBEYED_BY_CLASS)[test]
             carrying = [group for group, rate in zip(groups, rates, strict=True) if rate[test] > enough]
             if 0 < len(carrying) < len(groups):
                 found[test] |= torch.stack(carrying).any(0)
