@@ -20,9 +20,9 @@ OBEYED = 0.5
 """Share of other images that must get the group's label for the transplant to count as a trigger."""
 
 CARRIED = 0.8
-"""The same for a group that is taken for poison whether it loses its label or not. On CIFAR-10 poison makes its class
-of 99 % of other images and more; natural groups of 38 % at most on convolutional nets, airplanes of 65 % on a small
-transformer."""
+"""The same for a group that is taken for poison whether it loses its label or not. On CIFAR-10 triggers that are one
+change make their class of 99 % of other images and more, Adaptive-Blend's poison of 60 % (it loses its label);
+natural groups of 38 % at most on convolutional nets, airplanes of 65 % on a small transformer."""
 
 OBEYED_BY_CLASS = 0.7
 """The same of the images of one class, for a trigger that works on some classes only. On CIFAR-10 a natural group of
