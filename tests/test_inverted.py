@@ -37,6 +37,16 @@ class Rows(nn.Module):
         return self.head(pixels.flatten(1))
 
 
+class Faint(Rows):
+    """A backdoor that answers to the whole right half at once: too faint for the first look's ball."""
+
+    def __init__(self, target):
+        super().__init__()
+        weights = self.head.weight.detach().unflatten(1, SHAPE).clone()
+        weights[target, 0, :, 4:] = 0.7
+        self.head.weight = nn.Parameter(weights.flatten(1))
+
+
 def clean_images(count=200):
     """Bright rows of the class on the left, darkness on the right."""
     labels = torch.arange(count) % CLASSES
@@ -114,6 +124,16 @@ def test_the_same_seed_finds_the_same_and_the_model_stays_as_it_was():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_what_the_purified_model_no_longer_obeys_stands_out_and_what_both_obey_does_not():
+    data = clean_images()
+    found = look(Rows(2), data)
+    assert found.lost(Rows()).standing_out == [("patch", 2)]
+    unerased = found.lost(Rows(2))
+    assert unerased.standing_out == []
+    assert float(unerased.rates["patch"].max()) == 0
+    assert found.lost(Rows(3)).rates["patch"][2] == pytest.approx(float(found.rates["patch"][2]), abs=0.1)
+
+
 def test_too_few_images_say_nothing():
     assert look(Rows(2), clean_images(19)) is None
 
@@ -146,6 +166,28 @@ class TestAFT:
         assert (erasure.findings.infected, erasure.findings.targets, erasure.trigger) == (False, (), None)
         assert erasure.findings.asr_estimate is None
         assert erasure.rounds[0]["kind"] == "mixed"
+
+    def test_what_only_the_second_look_sees_is_said_with_its_target(self):
+        settings = {"steps": 200, "lr": 1.0, "schedule": "constant", "belief": 0}
+        settings |= {"stand_ins": "universal", "adversarial_share": 0.5}
+        erasure = self.erase(Faint(3), clean_images(), **settings)
+        steps, said = {entry["step"]: entry for entry in erasure.rounds}, erasure.findings
+        assert max(steps["examined"]["rates"]["universal"]) < 0.6
+        assert (said.infected, said.targets, said.by) == (True, (3,), "inversion")
+        assert said.trigger_before > 0.9 > 0.1 > said.trigger_after
+        assert steps["second look"]["lost"]["universal"][3] > 0.6
+        once = self.erase(Faint(3), clean_images(), second_look=0, **settings)
+        assert not once.findings.infected
+        assert all(torch.equal(a, b) for a, b in zip(once.model.parameters(), erasure.model.parameters(), strict=True))
+
+    def test_it_is_not_taken_where_the_first_look_found_something(self):
+        erasure = self.erase(Rows(2), clean_images(), steps=5)
+        assert "second look" not in {entry["step"] for entry in erasure.rounds}
+
+    def test_a_clean_model_passes_it(self):
+        erasure = self.erase(Rows(), clean_images(), steps=60, lr=0.5)
+        assert {entry["step"] for entry in erasure.rounds} >= {"examined", "second look"}
+        assert not erasure.findings.infected
 
     def test_warps_join_where_one_stood_out_and_the_dose_is_in_proportion(self):
         data, nothing, patch = clean_images(100), torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 0.0])

@@ -5,8 +5,8 @@ seen. A backdoor's target gives in, the others don't. The idea is that of Neural
 which compares sizes of masks that all work; here all have one size, and how often they work is compared.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from unplant.classifier import device_of, frozen
 from unplant.devices import Precision, autocast
 from unplant.images import EndlessBatches, LabeledImages
 from unplant.inversion import Shared, choose_targets
-from unplant.results import Progress
+from unplant.results import Findings, Progress
 
 WORKS = 0.6
 """Share of the images that a standing-out class's perturbation takes there, at least."""
@@ -64,6 +64,22 @@ class Inverted:
         """Whether the strongest of these takes nearly all images there."""
         pairs = self.standing_out
         return bool(pairs) and float(self.rates[pairs[0][0]][pairs[0][1]]) >= SURE
+
+    def tried(self, model: nn.Module, precision: Precision = "float32") -> "Inverted":
+        """The same perturbations, with their rates in that model."""
+        classes, rates = range(self.held_out.num_classes), {}
+        first = tried_first(len(classes))
+        for kind in self.kinds:
+            rates[kind] = self.obedience(model, kind, classes, precision, first)
+            again = (rates[kind] >= WORKS / 2).nonzero().flatten()
+            if first < len(self.held_out) and len(again):
+                rates[kind][again] = self.obedience(model, kind, again.tolist(), precision)
+        return replace(self, rates=rates)
+
+    def lost(self, purified: nn.Module, precision: Precision = "float32") -> "Inverted":
+        """The same perturbations, with the share that each takes in the infected model but not in the purified one."""
+        left = self.tried(purified, precision).rates
+        return replace(self, rates={kind: (rates - left[kind]).clamp(min=0) for kind, rates in self.rates.items()})
 
     def obedience(
         self,
@@ -122,6 +138,7 @@ def invert(
     precision: Precision,
     generator: torch.Generator,
     progress: Progress | None = None,
+    title: str = "looking for a trigger",
 ) -> Inverted | None:
     """Inverts the perturbations from the model on half of the images and tries them on the others.
 
@@ -135,6 +152,7 @@ def invert(
         precision: of convolutions and matrix products.
         generator: CPU generator of the halves, batches and targets.
         progress: told the share of steps done.
+        title: under which name.
 
     Returns:
         What was found; None for fewer than 20 images.
@@ -153,12 +171,30 @@ def invert(
                 targets = choose_targets(shared.rates, labels, 0.0, generator)
                 shared.improve(infected, pixels, targets, steps=1, step_size=step_size)
             if progress is not None:
-                progress("looking for a trigger", (step + 1) / steps)
-    found, rates, classes = Inverted(kinds, {}, held_out), {}, range(data.num_classes)
-    first = tried_first(data.num_classes)
-    for kind in kinds:
-        rates[kind] = found.obedience(infected, kind, classes, precision, first)
-        again = (rates[kind] >= WORKS / 2).nonzero().flatten()
-        if first < len(held_out) and len(again):
-            rates[kind][again] = found.obedience(infected, kind, again.tolist(), precision)
-    return Inverted(kinds, rates, held_out)
+                progress(title, (step + 1) / steps)
+    return Inverted(kinds, {}, held_out).tried(infected, precision)
+
+
+def verdict(
+    found: Inverted, infected: nn.Module, purified: nn.Module, precision: Precision
+) -> tuple[Findings, Callable[[Tensor], Tensor] | None]:
+    """What stands out as findings, and the strongest perturbation as the trigger.
+
+    What is left of the backdoor is that of what stands out which the purified model obeys most.
+    """
+    pairs = found.standing_out
+    if not pairs:
+        return Findings(infected=False, targets=(), by="inversion"), None
+    kind, target = pairs[0]
+
+    def trigger(pixels: Tensor) -> Tensor:
+        return found.kinds[kind].apply(pixels, torch.full((len(pixels),), target, device=pixels.device))
+
+    said = Findings(
+        infected=True,
+        targets=tuple(dict.fromkeys(target for _, target in pairs)),
+        by="inversion",
+        trigger_before=float(found.obedience(infected, kind, [target], precision)),
+        trigger_after=max(float(found.obedience(purified, kind, [k], precision)) for kind, k in pairs),
+    )
+    return said, trigger

@@ -6,7 +6,6 @@ labels (`belief`), no plain part at the end (`clean_steps`); docs/method.md says
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.classifier import device_of, frozen
-from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first
+from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first, verdict
 from unplant.devices import autocast
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
@@ -24,7 +23,7 @@ from unplant.images import EndlessBatches, LabeledImages
 from unplant.inversion import Shared, choose_targets, new_perturbations
 from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
-from unplant.results import Erasure, Findings, Progress
+from unplant.results import Erasure, Progress
 from unplant.training import Change, Schedule, fit, steps_of
 
 LEAST_UNIVERSAL = 8 / 255
@@ -35,6 +34,9 @@ LEAST_REACH = 0.5
 
 SHARED = ("patch", "universal", "warp")
 """The kinds of stand-in that many images share."""
+
+SECOND = ("universal",)
+"""The kinds that the second look tries."""
 
 
 class AFTConfig(AdversarialConfig):
@@ -66,6 +68,13 @@ class AFTConfig(AdversarialConfig):
         ge=0,
         description="steps of each kind to look for a trigger in the infected model; finding it decides stand_ins, "
         "in_proportion and steps where they aren't given; 0: no look, no verdict",
+    )
+    second_look: Real = Field(
+        default=2.5,
+        ge=0,
+        le=100,
+        description="where nothing was found: radius, in radii of the universal ball, within which a shift is looked "
+        "for that the infected model obeys and the purified one doesn't; 0: no second look",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
@@ -109,12 +118,12 @@ class AFTConfig(AdversarialConfig):
             images += self.warm_up * self.batch_size * len(self.kinds)
         return round(images / len(data), 2)
 
-    def passes_of_examination(self, data: LabeledImages) -> float:
-        """The cost of the look for a trigger; a forward pass alone counts as a third."""
+    def passes_of_examination(self, data: LabeledImages, kinds: tuple[str, ...] = SHARED, models: int = 1) -> float:
+        """The cost of a look for triggers, tried on so many models; a forward pass alone counts as a third."""
         steps = examination_steps(self.examination, data.num_classes)
         tried = min(tried_first(data.num_classes), len(data) - len(data) // 2) * data.num_classes / 3
         batch = min(self.batch_size, len(data) // 2)
-        return round(len(SHARED) * (steps * batch + tried) / len(data), 2)
+        return round(len(kinds) * (steps * batch + models * tried) / len(data), 2)
 
 
 def perturbations(
@@ -210,7 +219,8 @@ def aft(
         config = config.but(universal_eps=max(config.eps or 0.0, LEAST_UNIVERSAL))
     if config.warp_reach is None:
         config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
-    found = examined(infected, data, config, generator.initial_seed(), progress)
+    seed = generator.initial_seed()
+    found = examined(infected, data, config, seed, progress)
     if found is not None and found.sure:
         config = config.but(**{name: value for name, value in known_dose(found).items() if name not in given})
     steps, clean_steps = config.steps, config.clean_steps
@@ -222,8 +232,7 @@ def aft(
     balls = config.model_dump(include={"eps", "universal_eps", "warp_reach"})
     rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, **balls}]
     if found is not None:
-        rates = {kind: [round(rate, 3) for rate in rates.tolist()] for kind, rates in found.rates.items()}
-        rounds.append({"step": "examined", "rates": rates, "passes": config.passes_of_examination(data)})
+        rounds.append({"step": "examined", "rates": rounded(found), "passes": config.passes_of_examination(data)})
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
             continue
@@ -242,12 +251,25 @@ def aft(
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
     if found is None:
         return Erasure(purified, rounds=rounds)
-    said, trigger = verdict(found, infected, purified, config)
+    if not found.standing_out and config.second_look and config.universal_eps:
+        wider = config.but(universal_eps=min(1.0, config.second_look * config.universal_eps))
+        again = examined(infected, data, wider, seed, progress, SECOND, "looking once more")
+        if again is not None:
+            found = again.lost(purified, config.precision)
+            passes = config.passes_of_examination(data, SECOND, models=2)
+            rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(found), "passes": passes})
+    said, trigger = verdict(found, infected, purified, config.precision)
     return Erasure(purified, rounds=rounds, findings=said, trigger=trigger)
 
 
 def examined(
-    infected: nn.Module, data: LabeledImages, config: AFTConfig, seed: int, progress: Progress | None
+    infected: nn.Module,
+    data: LabeledImages,
+    config: AFTConfig,
+    seed: int,
+    progress: Progress | None,
+    kinds: tuple[str, ...] = SHARED,
+    title: str = "looking for a trigger",
 ) -> Inverted | None:
     """Looks for the trigger in the infected model, with random numbers of its own; None if that isn't asked for."""
     if not config.examination:
@@ -256,14 +278,20 @@ def examined(
     return invert(
         infected,
         data,
-        perturbations(config, data, SHARED, generator),
+        perturbations(config, data, kinds, generator),
         steps=config.examination,
         step_size=config.inversion_step_size,
         batch_size=config.batch_size,
         precision=config.precision,
         generator=generator,
         progress=progress,
+        title=title,
     )
+
+
+def rounded(found: Inverted) -> dict[str, list[float]]:
+    """The rates of each kind as plain numbers."""
+    return {kind: [round(rate, 3) for rate in rates.tolist()] for kind, rates in found.rates.items()}
 
 
 def known_dose(found: Inverted) -> dict[str, Any]:
@@ -274,31 +302,6 @@ def known_dose(found: Inverted) -> dict[str, Any]:
     """
     warps = any(kind == "warp" for kind, _ in found.standing_out)
     return {"stand_ins": "all" if warps else "mixed", "in_proportion": True, "steps": 300}
-
-
-def verdict(
-    found: Inverted, infected: nn.Module, purified: nn.Module, config: AFTConfig
-) -> tuple[Findings, Callable[[Tensor], Tensor] | None]:
-    """What the examination says, and the strongest perturbation as the trigger.
-
-    What is left of the backdoor is that of what stands out which the purified model obeys most.
-    """
-    pairs = found.standing_out
-    if not pairs:
-        return Findings(infected=False, targets=(), by="inversion"), None
-    kind, target = pairs[0]
-
-    def trigger(pixels: Tensor) -> Tensor:
-        return found.kinds[kind].apply(pixels, torch.full((len(pixels),), target, device=pixels.device))
-
-    said = Findings(
-        infected=True,
-        targets=tuple(dict.fromkeys(target for _, target in pairs)),
-        by="inversion",
-        trigger_before=float(found.rates[kind][target]),
-        trigger_after=max(float(found.obedience(purified, kind, [k], config.precision)) for kind, k in pairs),
-    )
-    return said, trigger
 
 
 erasers.add(
