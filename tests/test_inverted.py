@@ -86,6 +86,16 @@ def test_nothing_stands_out_of_a_clean_model():
     assert look(Rows(), clean_images()).standing_out == []
 
 
+def test_a_model_that_says_the_same_of_all_images_is_no_backdoor():
+    model = Rows()
+    model.head.bias = nn.Parameter(torch.tensor([0.0, 0.0, 99.0, 0.0]))
+    data = clean_images()
+    assert (model(data.pixels(slice(None))).argmax(1) == 2).all()
+    found = look(model, data)
+    assert found.standing_out == []
+    assert all(float(rates.max()) == 0 for rates in found.rates.values())
+
+
 def test_what_works_for_every_class_is_no_backdoor():
     data = clean_images(100)
     rates = {"patch": torch.tensor([0.9, 0.8, 0.95, 0.9]), "warp": torch.tensor([0.1, 0.9, 0.2, 0.1])}

@@ -39,7 +39,8 @@ class Inverted:
 
     Attributes:
         kinds: the perturbations, one a class of each kind.
-        rates: float (K,) of each kind, share of images of other classes that each class's perturbation takes there.
+        rates: float (K,) of each kind, share of images of other classes that each class's perturbation takes there,
+            see `obedience`.
         held_out: the images that they were tried on.
     """
 
@@ -91,13 +92,16 @@ class Inverted:
     ) -> Tensor:
         """Share of so many held-out images that each target's perturbation takes there in that model, float (targets,).
 
-        Images that have the target's label already don't count.
+        Images that have the target's label already don't count, nor do those that the model gives it as they are: a
+        model that says the same of all images obeys nobody.
         """
         held_out = self.held_out.select(torch.arange(len(self.held_out))[:images])
         pixels, device = held_out.pixels(slice(None)), device_of(model)
         pairs = torch.cartesian_prod(torch.tensor(targets), torch.arange(len(held_out)))
-        pairs = pairs[held_out.labels[pairs[:, 1]] != pairs[:, 0]]
         with frozen(model), torch.no_grad(), autocast(device, precision):
+            said = torch.cat([model(part.to(device)).argmax(1).cpu() for part in pixels.split(TRIED)])
+            there = torch.stack([held_out.labels, said])[:, pairs[:, 1]] == pairs[:, 0]
+            pairs = pairs[~there.any(0)]
             took = [
                 model(self.kinds[kind].apply(pixels[part[:, 1]].to(device), part[:, 0].to(device))).argmax(1).cpu()
                 == part[:, 0]

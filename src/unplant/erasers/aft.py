@@ -121,7 +121,7 @@ class AFTConfig(AdversarialConfig):
     def passes_of_examination(self, data: LabeledImages, kinds: tuple[str, ...] = SHARED, models: int = 1) -> float:
         """The cost of a look for triggers, tried on so many models; a forward pass alone counts as a third."""
         steps = examination_steps(self.examination, data.num_classes)
-        tried = min(tried_first(data.num_classes), len(data) - len(data) // 2) * data.num_classes / 3
+        tried = min(tried_first(data.num_classes), len(data) - len(data) // 2) * (data.num_classes + 1) / 3
         batch = min(self.batch_size, len(data) // 2)
         return round(len(kinds) * (steps * batch + models * tried) / len(data), 2)
 
