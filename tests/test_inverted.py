@@ -106,6 +106,17 @@ def test_what_works_for_every_class_is_no_backdoor():
     assert Inverted({}, {"patch": torch.tensor([0.4, 0.0, 0.0])}, data).standing_out == []
 
 
+def test_beside_a_sure_target_weaker_classes_do_not_count():
+    data = clean_images(100)
+    weak, strong = [1.0, 0.05, 0.65, 0.05, 0.05], [0.97, 0.05, 0.95, 0.05, 0.05]
+    warp = torch.tensor([0.7, 0.0, 0.0, 0.0, 0.0])  # of the sure class, which has other kinds
+    both = Inverted({}, {"patch": torch.tensor(weak), "warp": warp}, data)
+    assert both.standing_out == [("patch", 0), ("warp", 0)]
+    assert Inverted({}, {"patch": torch.tensor(strong)}, data).standing_out == [("patch", 0), ("patch", 2)]
+    alone = Inverted({}, {"patch": torch.tensor([0.8, 0.05, 0.65, 0.05, 0.05])}, data)
+    assert alone.standing_out == [("patch", 0), ("patch", 2)]  # none is sure
+
+
 def test_only_what_works_on_nearly_all_images_decides_the_dose():
     data = clean_images(100)
     for rate, sure in ((0.65, False), (0.95, True)):

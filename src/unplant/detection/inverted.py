@@ -24,7 +24,8 @@ ODDS = 10.0
 """How many times its odds to do so are those of the median of the other classes' perturbations, at least."""
 
 SURE = 0.9
-"""Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone."""
+"""Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone, and
+beside which weaker ones to other classes don't count."""
 
 FEWEST = 20
 """With fewer images nothing is tried."""
@@ -50,7 +51,10 @@ class Inverted:
 
     @property
     def standing_out(self) -> list[tuple[str, int]]:
-        """Kind and class of what takes most images to one class, and few to others: the strongest first."""
+        """Kind and class of what takes most images to one class, and few to others: the strongest first.
+
+        Beside a class to which something takes nearly all images, others count only if something does so to them too.
+        """
         found, count = [], len(self.held_out)
         for kind, rates in self.rates.items():
             odds = (rates * count + 0.5) / ((1 - rates) * count + 0.5)  # half an image more on both sides
@@ -58,6 +62,8 @@ class Inverted:
                 others = torch.cat([odds[:target], odds[target + 1 :]]).median()
                 if rate >= WORKS and odds[target] >= ODDS * others:
                     found.append((rate, kind, target))
+        sure = {target for rate, _, target in found if rate >= SURE}
+        found = [entry for entry in found if not sure or entry[2] in sure]
         return [(kind, target) for _, kind, target in sorted(found, key=lambda entry: -entry[0])]
 
     @property
