@@ -196,10 +196,19 @@ class TestAFT:
         assert max(steps["examined"]["rates"]["universal"]) < 0.6
         assert (said.infected, said.targets, said.by) == (True, (3,), "inversion")
         assert said.trigger_before > 0.9 > 0.1 > said.trigger_after
-        assert steps["second look"]["lost"]["universal"][3] > 0.6
+        assert steps["second look"]["lost"]["universal"][3] > 0.9
         once = self.erase(Faint(3), clean_images(), second_look=0, **settings)
         assert not once.findings.infected
         assert all(torch.equal(a, b) for a, b in zip(once.model.parameters(), erasure.model.parameters(), strict=True))
+
+    def test_the_second_look_asks_for_nearly_all_images(self, monkeypatch):
+        """What half erased a link to any class is no proof of a backdoor: clean models lose up to 79 % to AFT."""
+        lost = Inverted({}, {"universal": torch.tensor([0.0, 0.0, 0.0, 0.8])}, clean_images())
+        assert lost.standing_out == [("universal", 3)]
+        monkeypatch.setattr(Inverted, "lost", lambda *_: lost)
+        erasure = self.erase(Rows(), clean_images(), steps=5)
+        assert erasure.rounds[-1]["lost"]["universal"][3] == 0.8
+        assert (erasure.findings.infected, erasure.trigger) == (False, None)
 
     def test_it_is_not_taken_where_the_first_look_found_something(self):
         erasure = self.erase(Rows(2), clean_images(), steps=5)

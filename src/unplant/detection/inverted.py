@@ -25,7 +25,7 @@ ODDS = 10.0
 
 SURE = 0.9
 """Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone, and
-beside which weaker ones to other classes don't count."""
+beside which weaker ones to other classes don't count; and the share that the second look asks for."""
 
 FEWEST = 20
 """With fewer images nothing is tried."""

@@ -74,7 +74,7 @@ class AFTConfig(AdversarialConfig):
         ge=0,
         le=100,
         description="where nothing was found: radius, in radii of the universal ball, within which a shift is looked "
-        "for that the infected model obeys and the purified one doesn't; 0: no second look",
+        "for that the infected model obeys on nearly all images and the purified one doesn't; 0: no second look",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
@@ -255,9 +255,10 @@ def aft(
         wider = config.but(universal_eps=min(1.0, config.second_look * config.universal_eps))
         again = examined(infected, data, wider, seed, progress, SECOND, "looking once more")
         if again is not None:
-            found = again.lost(purified, config.precision)
+            lost = again.lost(purified, config.precision)
+            found = lost if lost.sure else found
             passes = config.passes_of_examination(data, SECOND, models=2)
-            rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(found), "passes": passes})
+            rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(lost), "passes": passes})
     said, trigger = verdict(found, infected, purified, config.precision)
     return Erasure(purified, rounds=rounds, findings=said, trigger=trigger)
 
