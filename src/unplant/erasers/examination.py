@@ -28,9 +28,13 @@ SEVERAL = 2, 0.25
 what is tried for longer there need only lose half as much. An all-to-one attack convicts one class, by error two, be
 they few or many."""
 
+MOST = 0.5
+"""So it is if more classes, and a larger share of them than this, lost half of what would convict them: true of 124 of
+138 runs on all-to-all poison, and of 5 of 487 others (one model, three of whose classes are convicted anyway)."""
+
 ALIKE = 2.0
-"""Such a group is at most so many times as large a part of its class as those convicted are in the median: one attack
-poisons its classes alike, and natural groups can be half of theirs."""
+"""Such a group is at most so many times as large a part of its class as those that show it are in the median: one
+attack poisons its classes alike, and natural groups can be half of theirs."""
 
 DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
@@ -157,8 +161,9 @@ def cross_examine(
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
     class lost, are trusted again: they are natural kinds, such as digits written another way. If one lost little, but
     its images turn out to show what the infected model hadn't guessed (`revealed`), or many classes lost one
-    (`SEVERAL`), its link may only be slow to break: it is tried for longer, and judged by that; with many such classes
-    half the loss convicts it, if it is as small a part of its class as theirs are (`ALIKE`). Groups that were seen
+    (`SEVERAL`), or most nearly did (`MOST`), its link may only be slow to break: it is tried for longer, and judged by
+    that; with many such classes half the loss convicts it, if it is as small a part of its class as theirs are
+    (`ALIKE`). Groups that were seen
     to carry a working trigger need no trial. If it works on all classes they aren't trusted again, even where they have
     their label by right (clean-label poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
@@ -231,7 +236,7 @@ def cross_examine(
         trial(kept, heavy & (split.count > kept))
     shown = mean_by(cell, revealed(before, outputs, labels), left_out & ~seen_out, classes * width).view(classes, width)
     part = mean_by(labels, left_out.float(), torch.ones_like(left_out), classes)
-    more = _some_more_of_it((falls() > fallen).any(1), part)
+    more = _some_more_of_it(falls().amax(1), fallen, part)
     doubted = ((falls() > HINT) & (falls() <= fallen) & ((shown > REVEALED) | more[:, None])).any(1)
     if longer == 1:
         doubted = torch.zeros_like(doubted)
@@ -253,13 +258,16 @@ def cross_examine(
     )
 
 
-def _some_more_of_it(convicted: Tensor, part: Tensor) -> Tensor:
-    """Bool (K,): where a group in doubt is likely to be poison too, as several classes are convicted.
+def _some_more_of_it(fall: Tensor, fallen: float, part: Tensor) -> Tensor:
+    """Bool (K,): where a group in doubt is likely to be poison too, as several classes are convicted, or most nearly.
 
     Args:
-        convicted: bool (K,).
+        fall: float (K,), the most that a group of each class lost.
+        fallen: what convicts it.
         part: float (K,), share of each class that was left out and tried.
     """
-    if int(convicted.sum()) <= max(SEVERAL[0], SEVERAL[1] * len(convicted)):
-        return torch.zeros_like(convicted)
-    return ~convicted & (part <= ALIKE * part[convicted].median())
+    for lost, share in ((fall > fallen, SEVERAL[1]), (fall > fallen / 2, MOST)):
+        alike = part <= ALIKE * part[lost].median() if lost.any() else lost
+        if int((lost & alike).sum()) > max(SEVERAL[0], share * len(fall)):
+            return alike & (fall <= fallen)
+    return torch.zeros_like(fall, dtype=torch.bool)
