@@ -48,8 +48,7 @@ def some():
 def odd():
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = Odd()
-    return lengthen(model, ["first", "second", "third"], 1.5)  # PyTorch makes them short: a third, squared
+        return Odd()
 
 
 def lengthen(model, names, by):
@@ -91,34 +90,11 @@ def test_a_sure_model_is_judged_by_its_angles_not_by_its_tiny_gradients(odd, som
     assert {names[weight] for weight in stretches(long, some.pixels())} == {"first.weight", "third.weight"}
 
 
-def test_a_net_of_usual_lengths_is_left_alone(odd, some):
+def test_a_net_as_it_is_initialised_is_left_alone(odd, some):
     assert stretches(odd, some.pixels()) == {}
 
 
-@pytest.mark.parametrize("by", [0.5, 0.1])
-def test_where_filters_are_short_all_that_are_free_take_smaller_steps(odd, some, by):
-    """By one factor: layers may differ."""
-    odd.norm.eps = odd.third_norm.eps = 1e-12  # beside it such filters aren't quite free
-    short = lengthen(odd, ["first", "third"], by)
-    names = {parameter: name for name, parameter in short.named_parameters()}
-    found = {names[weight]: factors for weight, factors in stretches(short, some.pixels()).items()}
-    assert set(found) == {"first.weight", "third.weight"}
-    means = [float(short.get_parameter(name).detach().flatten(1).square().sum(1).mean()) for name in found]
-    for factors in found.values():
-        assert factors.flatten().tolist() == pytest.approx([math.sqrt(means[0] * means[1]) / 0.5] * len(factors))
-
-
-def test_a_long_row_among_short_filters_keeps_its_larger_steps(odd, some):
-    short = lengthen(odd, ["first", "third"], 0.5)
-    with torch.no_grad():
-        short.third.weight[5] *= 200
-        short.third.bias[5] *= 200
-    factors = stretches(short, some.pixels())[short.third.weight].flatten()
-    assert factors[5] > 100
-    assert (factors[torch.arange(8) != 5] < 1).all()
-
-
-@pytest.mark.parametrize("by", [0.2, 6, 60])
+@pytest.mark.parametrize("by", [6, 60])
 def test_branches_that_are_normalised_only_after_they_were_added_are_free_together(colour_images, by):
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -131,9 +107,6 @@ def test_branches_that_are_normalised_only_after_they_were_added_are_free_togeth
         assert (model(colour_images.pixels()) - answers).abs().max() < 0.02 * answers.abs().max()
     found = stretches(model, colour_images.pixels())
     assert set(found) == {convolution.weight for convolution in convolutions}
-    if by < 1:
-        assert len({float(factor) for factors in found.values() for factor in factors.flatten()}) == 1
-        return
     with torch.no_grad():
         convolutions[-1].weight /= by
     found = stretches(model, colour_images.pixels())
@@ -181,10 +154,6 @@ def test_steps_are_the_same_whatever_the_length_and_would_not_be_otherwise(odd, 
     free, longer = turned(8, 1.0), turned(64, 1.0)
     assert free.abs().max() > 0.01
     assert (free - longer).abs().max() < 0.03 * free.abs().max()  # the eps of BatchNorm, and what steps make of it
-    short, shorter = turned(0.4, 1.0), turned(0.2, 1.0)
-    assert short.abs().max() > 0.01
-    assert (short - shorter).abs().max() < 0.1 * short.abs().max()
-    assert turned(0.2, 0).abs().max() > 1.5 * shorter.abs().max()
     assert turned(64, 0).abs().max() < 0.01 * free.abs().max()
 
 
