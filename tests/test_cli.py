@@ -220,13 +220,14 @@ def test_plant_evaluate_and_erase_work_on_files(tmp_path, capsys):
 
 def test_clean_data_means_aft(workshop, tmp_path, capsys):
     out_folder = tmp_path / "out"
-    code, out, _ = call(
+    code, out, err = call(
         capsys, "erase", workshop / "model.safetensors", "--clean", workshop / "data", "-o", out_folder,
         "--set", "steps=2", "--set", "clean_steps=1", "--json",
     )  # fmt: skip
     assert code == 0
     report = json.loads(out)
     assert (report["method"], report["suspects"], report["before"]) == ("aft", None, None)
+    assert "keep some back" in err
     assert not (out_folder / "suspects.csv").exists()
 
 

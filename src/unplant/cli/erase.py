@@ -96,6 +96,8 @@ def run(
         scores = {"before": before.to_json() if before else None, "after": after.to_json() if after else None}
         result = save_erasure(folder, erasure, data, card, config, {"command": "erase", **about, **scores})
         shown = save_pictures(folder, data, erasure)
+    if clean and not test:
+        say("What it cost in accuracy the clean images can't tell, as they were learnt: keep some back, for --test")
     if json:
         emit(result)
         return
