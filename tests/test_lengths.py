@@ -12,7 +12,7 @@ from unplant.demo import ERASING, run_demo
 from unplant.erasers import erasers
 from unplant.evaluation import evaluate
 from unplant.images import LabeledImages
-from unplant.lengths import slowed, stretches
+from unplant.lengths import stretches
 from unplant.models import build
 from unplant.training import FitConfig, fit
 
@@ -155,59 +155,6 @@ def test_steps_are_the_same_whatever_the_length_and_would_not_be_otherwise(odd, 
     assert free.abs().max() > 0.01
     assert (free - longer).abs().max() < 0.03 * free.abs().max()  # the eps of BatchNorm, and what steps make of it
     assert turned(64, 0).abs().max() < 0.01 * free.abs().max()
-
-
-def test_rows_of_short_layers_are_slowed_down_by_what_they_or_their_layer_lack(odd):
-    """Layers in which the mean is no less than usual, and nets without BatchNorm, keep their steps."""
-    short = lengthen(odd, ["first", "second"], 0.5)
-    with torch.no_grad():
-        short.first.weight[2] *= 20  # long, in a short layer: counts as 2 in the mean
-        short.first.weight[:2] *= 0.01
-    squares = [math.fsum(value * value for value in row) for row in short.first.weight.flatten(1).tolist()]
-    mean = math.fsum(min(square, 2) for square in squares) / 4
-    assert squares[3] < mean < squares[2]
-    usual = mean * 1.5
-    names = {parameter: name for name, parameter in short.named_parameters()}
-    found = {names[weight]: factors for weight, factors in slowed(short, usual).items()}
-    assert found["first.weight"].shape == (4, 1, 1, 1)
-    assert found["first.weight"].flatten().tolist() == pytest.approx([1 / 1.5, 1 / 1.5, 1, 1 / 1.5])
-    expected = {name for name in ("first.weight", "second.weight", "third.weight") if mean_of(short, name) < usual}
-    assert set(found) == expected
-    assert slowed(short, mean * 0.99).keys() <= {short.second.weight, short.third.weight}
-    assert slowed(odd.second, 2.0) == slowed(short, 0) == {}
-    with torch.no_grad():
-        short.first.weight.zero_()
-    assert short.first.weight not in slowed(short, usual), "nothing to go by"
-
-
-def mean_of(model, name):
-    return float(model.get_parameter(name).detach().flatten(1).square().sum(1).clamp(max=2).mean())
-
-
-def test_no_row_is_slower_than_one_of_usual_length(odd):
-    """In shares of itself, whatever somebody does to the others."""
-    with torch.no_grad():
-        odd.third.weight[1:] *= 1e-3
-        odd.third.weight[0] *= 0.5
-    (factors,) = [factors for weight, factors in slowed(odd, 0.25).items() if weight is odd.third.weight]
-    squares = odd.third.weight.detach().flatten(1).square().sum(1)
-    assert (factors.flatten() / squares >= 1 / 0.25 - 1e-4).all()
-    assert factors.flatten()[0] < 1
-
-
-def test_short_filters_are_turned_no_further_than_usual_ones(odd, some):
-    config = FitConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=16, padding=0, flip=False)
-
-    def turned(by, **how):
-        """How far the first filters turn."""
-        model = lengthen(odd, ["first"], by)
-        fit(model, some, steps=8, config=config, generator=torch.Generator().manual_seed(0), **how)
-        return float((direction(model.first.weight) - direction(odd.first.weight)).norm())
-
-    usual = mean_of(odd, "first.weight")
-    assert turned(0.3) > 3 * turned(1)
-    assert turned(0.3, short_filters=usual) < 1.3 * turned(1)
-    assert turned(1, short_filters=0.05) == turned(1), "no layer is that short"
 
 
 def test_where_memory_is_short_fewer_images_are_looked_at(odd, some, monkeypatch):

@@ -10,7 +10,6 @@ that by themselves.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 FRESH = 2.0
 """Squared length of a row as it is initialised for ReLU nets (He et al., ICCV 2015, arXiv:1502.01852)."""
@@ -58,33 +57,6 @@ def stretches(model: nn.Module, pixels: Tensor, usual: float = FRESH) -> dict[nn
         if long.any() and ((jointly and weight.dim() > 2) or _free(rows[long], slope[long])):
             factors = torch.minimum((squares / FRESH).square(), squares / usual).clamp(min=1)
             found[weight] = factors.to(weight).view(-1, *[1] * (weight.dim() - 1))
-    return found
-
-
-def slowed(model: nn.Module, usual: float) -> dict[nn.Parameter, Tensor]:
-    """By how much to multiply the gradients of convolutions that long training with weight decay has made short.
-
-    A step on them is larger in shares of them, and moves the model further from what it has learnt. They need not be
-    free in their length, as the eps of BatchNorm counts beside variances that small. A row is slowed down by its own
-    length, or its layer's where that is more: a step is never smaller, in shares of it, than on one of usual length.
-    Whoever makes some filters short can't hide a backdoor behind others that way.
-
-    Args:
-        model: only convolutions of nets with a BatchNorm are slowed down.
-        usual: squared length of a row; layers that are shorter in the mean are slowed down.
-
-    Returns:
-        Factors (rows, 1, …) in (0, 1], for each tensor that is short.
-    """
-    found = {}
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        for weight in model.parameters():
-            if weight.requires_grad and weight.dim() > 2:
-                squares = _rows(weight).square().sum(1)
-                mean = squares.clamp(max=FRESH).mean()
-                if 0 < mean < usual:
-                    factors = torch.maximum(squares, mean).clamp(max=usual) / usual
-                    found[weight] = factors.to(weight).view(-1, *[1] * (weight.dim() - 1))
     return found
 
 

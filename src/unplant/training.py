@@ -15,7 +15,7 @@ from unplant.devices import Precision, autocast, is_out_of_memory
 from unplant.errors import NumericalError, OutOfMemoryError
 from unplant.images import EndlessBatches, LabeledImages
 from unplant.journal import NOTHING, Journal, Page, weights_of
-from unplant.lengths import slowed, stretches
+from unplant.lengths import stretches
 from unplant.models import build
 from unplant.params import Real
 from unplant.results import Progress
@@ -80,7 +80,6 @@ def fit(
     memory: Sequence[Remembering] = (),
     sharpness: float = 0.0,
     filter_length: float = 0.0,
-    short_filters: float = 0.0,
     progress: Progress | None = None,
     title: str = "training",
     journal: Journal = NOTHING,
@@ -101,7 +100,6 @@ def fit(
         sharpness: radius of the step in the weights at whose end gradients are taken, see `sharpest`; 0: none.
         filter_length: long filters that are free in their length take steps as if it were that, squared, see
             `stretches`; 0: they don't.
-        short_filters: shorter ones take steps as if their squared length were that, see `slowed`; 0: they don't.
         progress: told the share of steps done.
         title: what `progress` is told.
         journal: where the training is written down, and taken up again if it was cut off. What decides it must be among
@@ -114,7 +112,7 @@ def fit(
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        running = Running(model, data, config, generator, memory, sharpness, filter_length, short_filters)
+        running = Running(model, data, config, generator, memory, sharpness, filter_length)
         page = running.page(journal, title, steps)
         running.restore(page.read())
         modes = [(module, module.training) for module in model.modules()]
@@ -156,9 +154,7 @@ class Running:
         memory: Sequence[Remembering],
         sharpness: float,
         filter_length: float,
-        short_filters: float,
     ) -> None:
-        self.about = sharpness, filter_length, short_filters
         self.sharpness, self.filter_length = sharpness, filter_length
         self.model, self.data, self.config, self.generator, self.memory = model, data, config, generator, memory
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -168,8 +164,6 @@ class Running:
         self.batches = EndlessBatches(data, config.batch_size, generator)
         self.device = device_of(model)
         self.stretches = self._stretches(PROBE) if filter_length else {}
-        for weight, factors in slowed(model, short_filters).items():
-            self.stretches[weight] = factors * self.stretches.get(weight, 1)
         self.done, self.parts, self.fresh = 0, 1, False
         self.losses: list[Tensor] = []
 
@@ -187,7 +181,7 @@ class Running:
         if journal.folder is None or len(weights_of(self.model)) < len(self.model.state_dict()):
             return NOTHING.page(tensors=())
         settings = self.config.model_dump(mode="json")
-        about = (title, steps, settings, *self.about, self.data.fingerprint(), str(self.device))
+        about = (title, steps, settings, self.sharpness, self.filter_length, self.data.fingerprint(), str(self.device))
         return journal.page(*about, tensors=self.state().values())
 
     def step(self, lr: float, change: Change | None) -> None:

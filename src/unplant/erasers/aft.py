@@ -56,12 +56,6 @@ class AFTConfig(AdversarialConfig):
         le=100,
         description="sharpness-aware minimisation: its step in the weights, in shares of them; twice the cost; 0: none",
     )
-    short_filters: Real = Field(
-        default=0.25,
-        ge=0,
-        le=2,
-        description="squared length that short filters of nets with BatchNorm are taken to have; 0: their own",
-    )
     in_proportion: bool = Field(
         default=False,
         description="shared stand-ins: that share times the rate at which the best of them works on the model now",
@@ -251,8 +245,7 @@ def aft(
             change = with_belief(infected, change, config.belief)
         around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
         learnt = {"change": change, "memory": shared}
-        lengths = {"filter_length": config.filter_length, "short_filters": config.short_filters}
-        how = {"sharpness": config.sharpness, **lengths}
+        how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
         fit(purified, data, steps=count, config=config, **learnt, **how, **around)
         passes = config.but(adversarial_share=share).passes(count, data)
         rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
@@ -322,7 +315,6 @@ erasers.add(
         presets={
             "released": {
                 **RELEASED,
-                "short_filters": 0,
                 "stand_ins": "pgd",
                 "belief": 0,
                 "epochs": 3,
