@@ -210,6 +210,13 @@ class TestAFT:
         assert erasure.rounds[-1]["lost"]["universal"][3] == 0.8
         assert (erasure.findings.infected, erasure.trigger) == (False, None)
 
+    @pytest.mark.parametrize(("images", "rate", "certain"), [(36, 0.97, False), (36, 1.0, True), (200, 0.97, True)])
+    def test_of_few_images_all_must_go(self, images, rate, certain):
+        """A clean model of the digits that was trained for long lost 31 of 32."""
+        lost = Inverted({}, {"universal": torch.tensor([0.1, 0.2, 0.1, rate])}, clean_images(images))
+        assert lost.sure
+        assert lost.certain == certain
+
     def test_it_is_not_taken_where_the_first_look_found_something(self):
         erasure = self.erase(Rows(2), clean_images(), steps=5)
         assert "second look" not in {entry["step"] for entry in erasure.rounds}

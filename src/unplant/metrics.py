@@ -34,6 +34,16 @@ def upper_bound(hits: int, count: int, confidence: float = 0.95) -> float | None
     return min(1.0, (centre + spread) / (1 + z * z / count))
 
 
+def lower_bound(hits: int, count: int, confidence: float = 0.95) -> float | None:
+    """The lower bound, as `upper_bound`.
+
+    >>> round(lower_bound(36, 36), 3), round(lower_bound(35, 36), 3)
+    (0.93, 0.885)
+    """
+    upper = upper_bound(count - hits, count, confidence)
+    return None if upper is None else 1 - upper
+
+
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
     """Probability that a positive's score is above a negative's, ties counted half; None without both kinds.
 

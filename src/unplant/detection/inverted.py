@@ -15,6 +15,7 @@ from unplant.classifier import device_of, frozen
 from unplant.devices import Precision, autocast
 from unplant.images import EndlessBatches, LabeledImages
 from unplant.inversion import Shared, choose_targets
+from unplant.metrics import lower_bound
 from unplant.results import Findings, Progress
 
 WORKS = 0.6
@@ -25,7 +26,8 @@ ODDS = 10.0
 
 SURE = 0.9
 """Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone, and
-beside which weaker ones to other classes don't count; and the share that the second look asks for."""
+beside which weaker ones to other classes don't count; and the share that the second look asks for, by its lower 95 %
+bound: few images could all have gone by chance."""
 
 FEWEST = 20
 """With fewer images nothing is tried."""
@@ -71,6 +73,16 @@ class Inverted:
         """Whether the strongest of these takes nearly all images there."""
         pairs = self.standing_out
         return bool(pairs) and float(self.rates[pairs[0][0]][pairs[0][1]]) >= SURE
+
+    @property
+    def certain(self) -> bool:
+        """Whether that is true beyond the chance of so few images: of the rate's lower 95 % bound."""
+        if not self.sure:
+            return False
+        kind, target = self.standing_out[0]
+        count = len(self.held_out)
+        bound = lower_bound(round(float(self.rates[kind][target]) * count), count)
+        return bound is not None and bound >= SURE
 
     def tried(self, model: nn.Module, precision: Precision = "float32") -> "Inverted":
         """The same perturbations, with their rates in that model."""

@@ -256,7 +256,7 @@ def aft(
         again = examined(infected, data, wider, seed, progress, SECOND, "looking once more")
         if again is not None:
             lost = again.lost(purified, config.precision)
-            found = lost if lost.sure else found
+            found = lost if lost.certain else found
             passes = config.passes_of_examination(data, SECOND, models=2)
             rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(lost), "passes": passes})
     said, trigger = verdict(found, infected, purified, config.precision)
