@@ -29,8 +29,8 @@ what is tried for longer there need only lose half as much. An all-to-one attack
 they few or many."""
 
 MOST = 0.4, 0.6
-"""So it is if more than two classes, and more than 0.6 of them, lost more than 0.4 of what would convict them: true of 125
-of 140 runs on all-to-all poison, and of none of 487 others."""
+"""So it is if more than two classes, and more than 0.6 of them, lost more than 0.4 of what would convict them: true of
+125 of 140 runs on all-to-all poison, and of none of 487 others."""
 
 ALIKE = 2.0
 """Such a group is at most so many times as large a part of its class as those that show it are in the median: one
