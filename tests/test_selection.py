@@ -18,6 +18,7 @@ from unplant.erasers.selection import (
     random_part,
     second_opinion,
     shared_suspicion,
+    shown_instead,
 )
 from unplant.erasers.steps import fitting_eps
 from unplant.images import LabeledImages
@@ -51,6 +52,19 @@ def test_scores_equal_a_loop(outputs):
         assert float(cosine[i]) == pytest.approx(1 - dot / lengths, abs=1e-5)
         chances = [math.exp(v[labels[i]]) / sum(math.exp(x) for x in v) for v in (a, b)]
         assert float(drop[i]) == pytest.approx(chances[0] - chances[1], abs=1e-5)
+
+
+def test_what_groups_show_instead_equals_a_loop(outputs, generator):
+    labels, group = torch.randint(5, (20,), generator=generator), torch.arange(20) % 4
+    members = torch.rand(20, generator=generator) < 0.6
+    members[group == 3] = False
+    chances, expected = outputs[0].softmax(1).tolist(), []
+    for number in range(4):
+        places = [i for i in range(20) if members[i] and group[i] == number]
+        best = sum(max(p for k, p in enumerate(chances[i]) if k != labels[i]) for i in places)
+        missing = sum(1 - chances[i][labels[i]] for i in places)
+        expected.append(best / missing if places else 0.0)
+    assert shown_instead(outputs[0], labels, group, members, 4).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_shared_suspicion_equals_a_loop(generator):
@@ -408,13 +422,15 @@ def test_where_several_classes_are_convicted_half_a_longer_fall_convicts_others(
     count = 25 * classes
     labels = torch.arange(classes).repeat_interleave(25)
     small = torch.arange(count) % 25 < 5
-    sure = torch.full((count, classes), 0.01 / (classes - 1)).scatter(1, labels[:, None], 0.99)
+    mine, before_it = (nn.functional.one_hot(of, classes) for of in (labels, (labels - 1) % classes))
+    others_get = before_it * 0.9 + (1 - mine) * 0.1 / (classes - 1)
+    others_get = others_get / others_get.sum(1, keepdim=True)
+    sure = mine * 0.99 + others_get * 0.01
 
     def outputs(fall):
-        """Whose label is likelier falls, the others stay alike: nothing comes to light."""
-        mine = nn.functional.one_hot(labels, classes)
-        given = sure - sure * fall[:, None] * mine
-        return (given + (1 - given.sum(1, keepdim=True)) / (classes - 1) * (1 - mine)).log()
+        """Whose label is likelier falls, the others stay as likely beside each other: nothing comes to light."""
+        chance = 0.99 * (1 - fall[:, None])
+        return (mine * chance + others_get * (1 - chance)).log()
 
     calls = []
 
@@ -440,14 +456,14 @@ def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of
     """Five classes of 25 images; groups of 5 are convicted in four, one of `size` in the fifth falls by 0.4."""
     labels, place = torch.arange(5).repeat_interleave(25), torch.arange(125) % 25
     small = place < torch.where(labels == 4, size, 5)
-    mine = nn.functional.one_hot(labels, 5)
-    sure = mine * 0.96 + (1 - mine) * 0.01
+    mine, before_it = (nn.functional.one_hot(of, 5) for of in (labels, (labels - 1) % 5))
+    sure = mine * 0.96 + before_it * 0.036 + (1 - mine) * 0.001
     calls = []
 
     def purify(part, why, times):
         calls.append(times)
         fall = torch.where(small, torch.where(labels < 4, 0.8, 0.4), 0.0)[:, None]
-        return nn.Identity(), (sure - fall * sure * mine + fall * 0.96 * (1 - mine) / 4).log()
+        return nn.Identity(), (sure - fall * sure * mine + fall * 0.96 * before_it).log()
 
     split = Split(small.long(), torch.ones(5), torch.full((5,), 2), torch.tensor([0.2] * 4 + [size / 25]))
     settings = limits(split) | {"balanced": 0.5}
@@ -455,6 +471,31 @@ def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of
     assert calls == ([1, 6] if alike else [1])
     assert torch.equal(found.left_out, small & ((labels < 4) | alike))
     assert labels[found.in_doubt].unique().tolist() == ([] if alike else [4])
+
+
+@pytest.mark.parametrize(("others", "trusted"), [((0.45, 0.3, 0.2), True), ((0.9, 0.03, 0.02), False)])
+@pytest.mark.parametrize("carrying", [False, True])
+def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(others, trusted, carrying):
+    """A rare kind that a net knew by heart, as measured on the digits: it loses its label, and shows no other class."""
+    labels, rare = torch.arange(4).repeat_interleave(25), torch.arange(100) < 5
+    sure = torch.full((100, 4), 0.01).scatter(1, labels[:, None], 0.97)
+    given = torch.where(rare[:, None], torch.tensor([[0.05, *others]]), sure).log()
+    split = Split(rare.long(), torch.ones(4), torch.tensor([2, 1, 1, 1]), torch.tensor([0.2, 0.0, 0.0, 0.0]))
+    none = torch.zeros(100, dtype=torch.bool)
+    found = cross_examine(
+        split,
+        (none, rare & carrying),
+        nn.Identity(),
+        sure.log(),
+        labels,
+        lambda part, why, times: (nn.Identity(), given),
+        **limits(split),
+    )
+    trusted = trusted and not carrying
+    assert torch.equal(found.left_out, none if trusted else rare)
+    assert torch.equal(found.in_doubt, rare if trusted else none)
+    assert (found.score[rare] == 0).all() == trusted, "what wasn't taught isn't suspect for being unlearnt"
+    assert found.to_json(labels)["shows"][0] == pytest.approx(max(others) / 0.95 / 0.97, abs=0.001)
 
 
 @pytest.mark.parametrize("share_believed", [0.3, 0.01])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unplant import metrics
 from unplant.detection.clusters import Split
-from unplant.erasers.selection import FLOOR, drop_score, mean_by, revealed
+from unplant.erasers.selection import FLOOR, drop_score, mean_by, revealed, shown_instead
 from unplant.results import Findings
 
 LEAST_FALL = 0.1
@@ -35,6 +35,11 @@ MOST = 0.4, 0.6
 ALIKE = 2.0
 """Such a group is at most so many times as large a part of its class as those that show it are in the median: one
 attack poisons its classes alike, and natural groups can be half of theirs."""
+
+SHOWS = 0.8
+"""Share of what the purified model gives an ordinary image's class at least that it must give what a group turns out to
+show, on average, to convict the group. Without its link poison is an ordinary image of another class; a rare kind of
+its class is none, and a model that knows its data by heart unlearns it if it isn't taught."""
 
 DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
@@ -110,6 +115,8 @@ class Examination:
         start: the model that was purified without just these images, or the infected one if none was.
         fall: float (K,), share of its label's probability that each class's most suspicious group lost, beyond the
             trusted one; 0 for classes of one group.
+        shows: float (K,), how surely that group turns out to show another class, see `shown_instead`, as a share of how
+            sure the purified model is of ordinary images.
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
         longer: bool (K,), classes with a group in doubt that was tried for longer.
         in_doubt: bool (N,), groups that are trusted again, but lost nearly as much as would convict them.
@@ -120,6 +127,7 @@ class Examination:
     outputs: Tensor
     start: nn.Module
     fall: Tensor
+    shows: Tensor
     own_label: Tensor
     longer: Tensor
     in_doubt: Tensor
@@ -130,6 +138,7 @@ class Examination:
         counts = torch.bincount(labels[self.left_out], minlength=len(self.fall))
         return {
             "fall": [round(v, 3) for v in self.fall.tolist()],
+            "shows": [round(v, 3) for v in self.shows.tolist()],
             "left_out": counts.tolist(),
             "longer": self.longer.nonzero().flatten().tolist(),
             "in_doubt": labels[self.in_doubt].unique().tolist(),
@@ -159,13 +168,14 @@ def cross_examine(
     is the largest, without further trials, where the others are few. In classes that outweigh the rest each is tried,
     and what the trusted group itself lost is taken off: poison that is kept alone can lose its label with the others.
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
-    class lost, are trusted again: they are natural kinds, such as digits written another way. If one lost little, but
-    its images turn out to show what the infected model hadn't guessed (`revealed`), or many classes lost one
-    (`SEVERAL`), or most nearly did (`MOST`), its link may only be slow to break: it is tried for longer, and judged by
-    that; with many such classes half the loss convicts it, if it is as small a part of its class as theirs are
-    (`ALIKE`). Groups that were seen to carry a working trigger need no trial. If it works on all classes they aren't
-    trusted again, even where they have their label by right (clean-label poison); if it works on one class, a small
-    fall must bear that out (`LEAST_FALL`).
+    class lost, are trusted again: they are natural kinds, such as digits written another way. So are groups that lost
+    more, but don't turn out to show another class instead (`SHOWS`): such kinds, too, in a model that knows its data by
+    heart. If one lost little, but its images turn out to show what the infected model hadn't guessed (`revealed`), or
+    many classes lost one (`SEVERAL`), or most nearly did (`MOST`), its link may only be slow to break: it is tried for
+    longer, and judged by that; with many such classes half the loss convicts it, if it is as small a part of its class
+    as theirs are (`ALIKE`). Groups that were seen to carry a working trigger need no trial. If it works on all classes
+    they aren't trusted again, even where they have their label by right (clean-label poison); if it works on one class,
+    a small fall must bear that out (`LEAST_FALL`).
 
     Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
     would go on teaching the link to what is tried without the groups. So trials do without all whose label the
@@ -250,11 +260,23 @@ def cross_examine(
     fall = falls().amax(1)
     limit = torch.where(doubted & more, fallen / 2, fallen)
     lost_by, enough = falls().flatten()[cell], torch.where(for_one, LEAST_FALL, limit[labels])
-    fell = left_out & (lost_by > enough)
+    ordinary = outputs.softmax(1).amax(1)[~left_out].mean()
+    shows = shown_instead(outputs, labels, cell, left_out, classes * width) / ordinary
+    nothing_else = left_out & (lost_by > enough) & ~seen_out & (shows < SHOWS)[cell]
+    fell = left_out & (lost_by > enough) & ~nothing_else
     out = fell | everywhere
     in_doubt = left_out & ~out & (lost_by > DOUBT * limit[labels])
+    worst = falls().argmax(1, keepdim=True)
     return Examination(
-        out, score, outputs, start, fall.masked_fill(fall.isinf(), 0.0), everywhere & ~fell, doubted, in_doubt
+        left_out=out,
+        score=score.masked_fill(nothing_else, 0.0),
+        outputs=outputs,
+        start=start,
+        fall=fall.masked_fill(fall.isinf(), 0.0),
+        shows=shows.view(classes, width).gather(1, worst).flatten(),
+        own_label=everywhere & ~fell,
+        longer=doubted,
+        in_doubt=in_doubt,
     )
 
 

@@ -42,6 +42,25 @@ def revealed(infected: Tensor, purified: Tensor, labels: Tensor) -> Tensor:
     return (after - before).gather(1, seen).flatten()
 
 
+def shown_instead(purified: Tensor, labels: Tensor, where: Tensor, members: Tensor, count: int) -> Tensor:
+    """Of what the labels of each group's members don't get, the share that one other class an image gets: (count,).
+
+    Without its link poison is an ordinary image of another class, and near 1 is for that; a rare kind of its own class
+    that was unlearnt is none. 0 for groups without members.
+
+    Args:
+        purified: float (N, K), logits.
+        labels: int64 (N,).
+        where: int64 (N,), each image's group.
+        members: bool (N,).
+        count: of groups.
+    """
+    chances = purified.softmax(1)
+    missing = 1 - chances.gather(1, labels[:, None]).flatten()
+    other = chances.scatter(1, labels[:, None], 0).amax(1)
+    return mean_by(where, other, members, count) / mean_by(where, missing, members, count).clamp(min=1e-6)
+
+
 SCORES = {"cosine": cosine_score, "drop": drop_score}
 
 
