@@ -8,7 +8,7 @@ from torch import nn
 
 from unplant.detection.clusters import Split, outweighing, split_classes
 from unplant.erasers.aft import AFTConfig
-from unplant.erasers.examination import cross_examine, findings, retrial
+from unplant.erasers.examination import cross_examine
 from unplant.erasers.selection import (
     below,
     cosine_score,
@@ -21,6 +21,7 @@ from unplant.erasers.selection import (
     shown_instead,
 )
 from unplant.erasers.steps import fitting_eps
+from unplant.erasers.verdict import findings, retrial
 from unplant.images import LabeledImages
 
 HALVES = torch.zeros(2, dtype=torch.bool)

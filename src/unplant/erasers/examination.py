@@ -1,15 +1,12 @@
-"""Who is the poison? Groups are cross-examined before the first round, and heard again after the last."""
+"""Who is the poison? Groups are cross-examined before the first round."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from unplant import metrics
 from unplant.detection.clusters import Split
-from unplant.erasers.selection import FLOOR, drop_score, mean_by, revealed, shown_instead
-from unplant.results import Findings
+from unplant.erasers.trials import Purify, Trials
 
 LEAST_FALL = 0.1
 """Share of its label's probability that a group whose trigger works on one class must lose. On CIFAR-10 all-to-all
@@ -44,64 +41,6 @@ its class is none, and a model that knows its data by heart unlearns it if it is
 DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
 and ten of 16 that missed poison."""
-
-Purify = Callable[[Tensor, str, int], tuple[nn.Module, Tensor]]
-"""Steps 1 and 2 on the images of a mask (N,), the text says what for, so many times as long: the purified model and its
-logits (N, K)."""
-
-
-def retrial(suspects: Tensor, heard: Tensor, after: Tensor, labels: Tensor) -> Tensor:
-    """Suspects, bool (N,), without those of classes that are cleared in the end.
-
-    A class is cleared if the purified model gives most of the suspects that are `heard` (never taught) their label
-    all the same: it has learnt from the others of the class to recognise them, and no trigger is left to do it.
-    """
-    agree = mean_by(labels, (after.argmax(1) == labels).float(), suspects & heard)
-    return suspects & (agree <= 0.5)[labels]
-
-
-def findings(
-    suspects: Tensor,
-    left_out: Tensor,
-    witnesses: Tensor,
-    after: Tensor,
-    labels: Tensor,
-    obeyed: Sequence[float | None],
-    kin: Tensor,
-    sources: tuple[int, ...] = (),
-    in_doubt: Sequence[int] = (),
-) -> Findings:
-    """What the suspects say about the backdoor, and the witnesses about what is left of it.
-
-    Args:
-        suspects: bool (N,).
-        left_out: bool (N,), the groups that stayed out.
-        witnesses: bool (N,), images that were not trained on where they are suspects.
-        after: float (N, K), the purified model's logits.
-        labels: int64 (N,).
-        obeyed: how far the infected and the purified model obey the recovered trigger.
-        kin: bool (N,), images that were found out by their likeness to the suspects. They aren't heard: that the
-            purified model gives them another label is why they were.
-        sources: the classes on whose images alone the recovered trigger works.
-        in_doubt: the classes of groups that are in doubt.
-    """
-    counts = torch.bincount(labels[suspects & left_out], minlength=after.shape[1])
-    targets = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
-    flagged = torch.bincount(labels[suspects | kin], minlength=after.shape[1])
-    obeying = (after.argmax(1) == labels)[suspects & witnesses]
-    return Findings(
-        infected=bool(targets),
-        targets=tuple(targets),
-        poisoning_rate=float((suspects | kin).float().mean()),
-        witnesses=len(obeying),
-        asr_left=metrics.share(obeying.numpy()),
-        asr_left_upper=metrics.upper_bound(int(obeying.sum()), len(obeying)),
-        trigger_before=obeyed[0],
-        trigger_after=obeyed[1],
-        sources=sources,
-        in_doubt=tuple(in_doubt),
-        flagged=tuple(int(flagged[label]) for label in targets),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,89 +133,35 @@ def cross_examine(
         longer: times as long a group in doubt is tried once more; 1: not at all.
         believed: trials are taught only images to which θ₀ gives their label, if these are enough.
     """
-    classes, width = len(many), int(split.count.max())
     everywhere, for_one = carrying
-    seen_out = everywhere | for_one
-    cell = labels * width + split.group
-    had = before.softmax(1).gather(1, labels[:, None]).flatten()
-    seen = torch.zeros_like(many).index_fill_(0, labels[seen_out], True)
-
-    def lost(score: Tensor, where: Tensor, members: Tensor, count: int) -> Tensor:
-        """Share of their label's probability that the members of each class or group have lost, (count,)."""
-        return mean_by(where, score, members, count) / mean_by(where, had, members, count).clamp(min=1e-6)
-
-    def by_group(score: Tensor, without: Tensor) -> Tensor:
-        """The same of each group that was left out, (K, groups); −∞ for the others."""
-        out = torch.bincount(cell[without], minlength=classes * width) > 0
-        return lost(score, cell, without, classes * width).masked_fill(~out, -torch.inf).view(classes, width)
-
-    left_out, score, outputs, most = seen_out, torch.zeros_like(had), before, torch.full((classes,), -torch.inf)
-    models: list[tuple[Tensor, nn.Module]] = []
-    agree = before.argmax(1) == labels
-
-    def purified(without: Tensor, why: str, times: int) -> tuple[nn.Module, Tensor]:
-        """Steps 1 and 2 without these."""
-        taught = ~without & agree
-        return purify(taught if believed and taught.float().mean() >= FLOOR else ~without, why, times)
-
-    def falls() -> Tensor:
-        """Share of its label's probability that each group lost beyond the rest of its class, (K, groups)."""
-        return by_group(score, left_out) - lost(score, labels, ~left_out, classes)[:, None]
-
-    def trial(kept: int, tried: Tensor) -> None:
-        """Purifies with one group of each class that is tried, and the largest of the others; keeps what is better."""
-        nonlocal left_out, score, outputs, most
-        without = torch.where(seen[labels], seen_out, split.group != torch.where(tried, kept, 0)[labels])
-        why = f"with group {kept + 1} alone" if models else "without the smaller groups"
-        model, given = purified(without, why, 1)
-        drop = drop_score(before, given, labels)
-        share = by_group(drop, without).amax(1) - torch.where(many, lost(drop, labels, ~without, classes), 0)
-        better = tried & (share > most) if models else torch.ones_like(many)
-        models.append((without, model))
-        most, turned = torch.where(better, share, most), better[labels]
-        left_out, score = torch.where(turned, without, left_out), torch.where(turned, drop, score)
-        outputs = torch.where(turned[:, None], given, outputs)
-
-    trial(0, torch.ones_like(many))
-    halves = (split.minor_share > balanced) & ~many & ~seen
-    if halves.any():
-        trial(1, halves)
-    heavy = many & ~seen & (split.count > 1)
-    for kept in range(1, int(split.count[heavy].max()) if heavy.any() else 0):
-        trial(kept, heavy & (split.count > kept))
-    shown = mean_by(cell, revealed(before, outputs, labels), left_out & ~seen_out, classes * width).view(classes, width)
-    part = mean_by(labels, left_out.float(), torch.ones_like(left_out), classes)
-    more = _some_more_of_it(falls().amax(1), fallen, part)
-    doubted = ((falls() > HINT) & (falls() <= fallen) & ((shown > REVEALED) | more[:, None])).any(1)
+    trials = Trials(split, everywhere | for_one, infected, before, labels, many, purify, believed=believed)
+    trials.run(balanced=balanced)
+    falls = trials.falls()
+    more = _some_more_of_it(falls.amax(1), fallen, trials.part())
+    doubted = ((falls > HINT) & (falls <= fallen) & ((trials.revealed() > REVEALED) | more[:, None])).any(1)
     if longer == 1:
         doubted = torch.zeros_like(doubted)
     if doubted.any():
-        model, given = purified(left_out, "groups in doubt, for longer", longer)
-        models.insert(0, (left_out, model))
-        turned = doubted[labels]
-        score = torch.where(turned, drop_score(before, given, labels), score)
-        outputs = torch.where(turned[:, None], given, outputs)
-    start = next((model for without, model in models if torch.equal(without, left_out)), infected)
-    fall = falls().amax(1)
-    limit = torch.where(doubted & more, fallen / 2, fallen)
-    lost_by, enough = falls().flatten()[cell], torch.where(for_one, LEAST_FALL, limit[labels])
-    ordinary = outputs.softmax(1).amax(1)[~left_out].mean()
-    shows = shown_instead(outputs, labels, cell, left_out, classes * width) / ordinary
-    nothing_else = left_out & (lost_by > enough) & ~seen_out & (shows < SHOWS)[cell]
-    fell = left_out & (lost_by > enough) & ~nothing_else
-    out = fell | everywhere
-    in_doubt = left_out & ~out & (lost_by > DOUBT * limit[labels])
-    worst = falls().argmax(1, keepdim=True)
+        trials.run_again(doubted, longer)
+
+    falls, shows, left_out = trials.falls(), trials.shows(), trials.left_out
+    limit = torch.where(doubted & more, fallen / 2, fallen)[labels]
+    lost = falls.flatten()[trials.cell]
+    convicted = left_out & (lost > torch.where(for_one, LEAST_FALL, limit))
+    rare = convicted & ~trials.carrying & (shows.flatten() < SHOWS)[trials.cell]
+    convicted = convicted & ~rare
+    out = convicted | everywhere
+    most, group = falls.max(1)
     return Examination(
         left_out=out,
-        score=score.masked_fill(nothing_else, 0.0),
-        outputs=outputs,
-        start=start,
-        fall=fall.masked_fill(fall.isinf(), 0.0),
-        shows=shows.view(classes, width).gather(1, worst).flatten(),
-        own_label=everywhere & ~fell,
+        score=trials.score.masked_fill(rare, 0.0),
+        outputs=trials.outputs,
+        start=trials.start(),
+        fall=most.masked_fill(most.isinf(), 0.0),
+        shows=shows.gather(1, group[:, None]).flatten(),
+        own_label=everywhere & ~convicted,
         longer=doubted,
-        in_doubt=in_doubt,
+        in_doubt=left_out & ~out & (lost > DOUBT * limit),
     )
 
 

@@ -11,7 +11,7 @@ from unplant.classifier import activations, logits
 from unplant.detection.clusters import outweighing, split_classes
 from unplant.detection.kinship import odds_of_poison
 from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
-from unplant.erasers.examination import Examination, cross_examine, findings, retrial
+from unplant.erasers.examination import Examination, cross_examine
 from unplant.erasers.selection import (
     Lesson,
     drop_score,
@@ -20,6 +20,7 @@ from unplant.erasers.selection import (
     step_three,
 )
 from unplant.erasers.steps import adversarial_fine_tuning
+from unplant.erasers.verdict import findings, retrial
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
 from unplant.results import Erasure, Progress
