@@ -410,7 +410,9 @@ def test_the_verdict_is_said_in_words():
     for infected in (True, False):
         *said, last = verdict(dataclasses.replace(found, infected=infected, in_doubt=(0, 2)), ("ant", "bee", "cat"))
         assert said == (lines if infected else [nothing])
-        assert last.startswith("In doubt: ant, cat. Some images there hang on their label as poisoned ones do, or nearly")
+        assert last.startswith(
+            "In doubt: ant, cat. Some images there hang on their label as poisoned ones do, or nearly"
+        )
     assert len(verdict(dataclasses.replace(found, targets=tuple(range(30))), [f"c{k}" for k in range(30)])[0]) < 250
 
 

@@ -474,13 +474,17 @@ def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of
     assert labels[found.in_doubt].unique().tolist() == ([] if alike else [4])
 
 
-@pytest.mark.parametrize(("others", "trusted"), [((0.45, 0.3, 0.2), True), ((0.9, 0.03, 0.02), False)])
+@pytest.mark.parametrize(
+    ("chances", "trusted"),
+    [((0.2, 0.4, 0.2, 0.2), True), ((0.2, 0.75, 0.03, 0.02), False), ((0.05, 0.45, 0.3, 0.2), False)],
+    ids=["a rare kind", "shows another class", "lost all"],
+)
 @pytest.mark.parametrize("carrying", [False, True])
-def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(others, trusted, carrying):
+def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, trusted, carrying):
     """A rare kind that a net knew by heart, as measured on the digits: it loses its label, and shows no other class."""
     labels, rare = torch.arange(4).repeat_interleave(25), torch.arange(100) < 5
     sure = torch.full((100, 4), 0.01).scatter(1, labels[:, None], 0.97)
-    given = torch.where(rare[:, None], torch.tensor([[0.05, *others]]), sure).log()
+    given = torch.where(rare[:, None], torch.tensor([chances]), sure).log()
     split = Split(rare.long(), torch.ones(4), torch.tensor([2, 1, 1, 1]), torch.tensor([0.2, 0.0, 0.0, 0.0]))
     none = torch.zeros(100, dtype=torch.bool)
     found = cross_examine(
@@ -496,7 +500,8 @@ def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(others, tr
     assert torch.equal(found.left_out, none if trusted else rare)
     assert torch.equal(found.in_doubt, rare if trusted else none)
     assert (found.score[rare] == 0).all() == trusted, "what wasn't taught isn't suspect for being unlearnt"
-    assert found.to_json(labels)["shows"][0] == pytest.approx(max(others) / 0.95 / 0.97, abs=0.001)
+    expected = max(chances[1:]) / (1 - chances[0]) / 0.97
+    assert found.to_json(labels)["shows"][0] == pytest.approx(expected, abs=0.001)
 
 
 @pytest.mark.parametrize("share_believed", [0.3, 0.01])
