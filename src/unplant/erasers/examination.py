@@ -112,8 +112,8 @@ def cross_examine(
     and what the trusted group itself lost is taken off: poison that is kept alone can lose its label with the others.
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
     class lost, are trusted again: they are natural kinds, such as digits written another way. So are groups that lost
-    more, but don't turn out to show another class instead (`SHOWS`): such kinds, too, in a model that knows its data by
-    heart. If one lost little, but its images turn out to show what the infected model hadn't guessed (`revealed`), or
+    more, if not nearly all (`CERTAIN`), but don't turn out to show another class instead (`SHOWS`): such kinds, too, in
+    a model that knows its data by heart. If one lost little, but its images turn out to show what the infected model hadn't guessed (`revealed`), or
     many classes lost one (`SEVERAL`), or most nearly did (`MOST`), its link may only be slow to break: it is tried for
     longer, and judged by that; with many such classes half the loss convicts it, if it is as small a part of its class
     as theirs are (`ALIKE`). Groups that were seen to carry a working trigger need no trial. If it works on all classes
