@@ -113,12 +113,12 @@ def cross_examine(
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
     class lost, are trusted again: they are natural kinds, such as digits written another way. So are groups that lost
     more, if not nearly all (`CERTAIN`), but don't turn out to show another class instead (`SHOWS`): such kinds, too, in
-    a model that knows its data by heart. If one lost little, but its images turn out to show what the infected model hadn't guessed (`revealed`), or
-    many classes lost one (`SEVERAL`), or most nearly did (`MOST`), its link may only be slow to break: it is tried for
-    longer, and judged by that; with many such classes half the loss convicts it, if it is as small a part of its class
-    as theirs are (`ALIKE`). Groups that were seen to carry a working trigger need no trial. If it works on all classes
-    they aren't trusted again, even where they have their label by right (clean-label poison); if it works on one class,
-    a small fall must bear that out (`LEAST_FALL`).
+    a model that knows its data by heart. If one lost little, but its images turn out to show what the infected model
+    hadn't guessed (`revealed`), or many classes lost one (`SEVERAL`), or most nearly did (`MOST`), its link may only be
+    slow to break: it is tried for longer, and judged by that; with many such classes half the loss convicts it, if it
+    is as small a part of its class as theirs are (`ALIKE`). Groups that were seen to carry a working trigger need no
+    trial. If it works on all classes they aren't trusted again, even where they have their label by right (clean-label
+    poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
     Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
     would go on teaching the link to what is tried without the groups. So trials do without all whose label the
