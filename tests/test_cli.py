@@ -243,7 +243,7 @@ def test_images_in_doubt_are_told_of_listed_and_shown(workshop, tmp_path, capsys
     command = ["erase", workshop / "model.safetensors", "--suspect", workshop / "data"]
     code, _, said = call(capsys, *command, "-o", tmp_path / "out")
     assert code == 0
-    assert "In doubt: 3. Some images there hang on their label" in said
+    assert "In doubt: 3. Some images there stand apart" in said
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "in_doubt.csv").read_text())))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert {row["label"] for row in rows} == {"3"}
@@ -411,7 +411,7 @@ def test_the_verdict_is_said_in_words():
         *said, last = verdict(dataclasses.replace(found, infected=infected, in_doubt=(0, 2)), ("ant", "bee", "cat"))
         assert said == (lines if infected else [nothing])
         assert last.startswith(
-            "In doubt: ant, cat. Some images there hang on their label as poisoned ones do, or nearly"
+            "In doubt: ant, cat. Some images there stand apart from their class, or hang on their label, as poisoned"
         )
     assert len(verdict(dataclasses.replace(found, targets=tuple(range(30))), [f"c{k}" for k in range(30)])[0]) < 250
 

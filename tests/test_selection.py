@@ -504,6 +504,25 @@ def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, t
     assert found.to_json(labels)["shows"][0] == pytest.approx(expected, abs=0.001)
 
 
+def test_a_group_that_stands_far_apart_is_in_doubt_even_if_it_keeps_its_label():
+    """A strong blend on the digits outlasts the trials: it isn't convicted, but the report names its class."""
+    labels, small = torch.arange(3).repeat_interleave(20), torch.arange(60) % 20 < 5
+    sure = torch.full((60, 3), 0.01).scatter(1, labels[:, None], 0.98).log()
+    split = Split(small.long(), torch.tensor([1.2, 1.4, 2.0]), torch.tensor([2, 2, 2]), torch.full((3,), 0.25))
+    convicted = torch.where((small & (labels == 2))[:, None], torch.tensor([[0.95, 0.03, 0.02]]).log(), sure)
+    found = cross_examine(
+        split,
+        nobody(60),
+        nn.Identity(),
+        sure,
+        labels,
+        lambda part, why, times: (nn.Identity(), convicted),
+        **limits(split),
+    )
+    assert torch.equal(found.in_doubt, small & (labels == 1)), "not what is near its class, nor what is convicted"
+    assert torch.equal(found.left_out, small & (labels == 2))
+
+
 @pytest.mark.parametrize("share_believed", [0.3, 0.01])
 def test_trials_are_taught_only_what_the_infected_model_gives_its_label(share_believed):
     """Unless that is next to nothing; which images are tried doesn't change."""

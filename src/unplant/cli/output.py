@@ -86,8 +86,8 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
             "kind, or of each image's own, would look the same, so the model was fine-tuned all the same."
         ]
     doubt = [
-        f"In doubt: {listed(found.in_doubt, classes)}. Some images there hang on their label as poisoned ones do, or "
-        "nearly; if they are poisoned, that backdoor is left, and no estimate covers it."
+        f"In doubt: {listed(found.in_doubt, classes)}. Some images there stand apart from their class, or hang on "
+        "their label, as poisoned ones do; if they are poisoned, that backdoor is left, and no estimate covers it."
     ]
     if not found.infected:
         return [

@@ -46,6 +46,11 @@ DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
 and ten of 16 that missed poison."""
 
+APART = 1.3
+"""Nats an image that a class gains by being taken for two groups: one that stands further apart is in doubt even if it
+lost nothing. The most in 86 runs on clean models was 1.2; 11 of 16 runs that convicted nobody where there was poison
+had more in the target class (in 8 it had lost nearly enough, in 14 either)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Examination:
@@ -62,7 +67,8 @@ class Examination:
             sure the purified model is of ordinary images.
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
         longer: bool (K,), classes with a group in doubt that was tried for longer.
-        in_doubt: bool (N,), groups that are trusted again, but lost nearly as much as would convict them.
+        in_doubt: bool (N,), groups that are trusted again, but lost nearly as much as would convict them, or more, or
+            stand further apart from their class than natural groups do.
     """
 
     left_out: Tensor
@@ -165,7 +171,7 @@ def cross_examine(
         shows=shows.gather(1, group[:, None]).flatten(),
         own_label=everywhere & ~convicted,
         longer=doubted,
-        in_doubt=left_out & ~out & (lost > DOUBT * limit),
+        in_doubt=left_out & ~out & ((lost > DOUBT * limit) | (split.gain > APART)[labels]),
     )
 
 
