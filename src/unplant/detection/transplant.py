@@ -72,13 +72,13 @@ def transplant(data: LabeledImages, group: Tensor, others: Tensor, contents: Ten
         )
         alike = torch.where(others, (wanted / there.clamp(min=1))[contents], 0.0)
         weights = alike if alike.any() else weights
-    mean, spread = _moments(data, group.double())
-    other_mean, other_spread = _moments(data, weights)
+    mean, spread = moments(data, group.double())
+    other_mean, other_spread = moments(data, weights)
     scale = torch.where(other_spread < LEAST_SPREAD, 1.0, spread / other_spread.clamp(min=LEAST_SPREAD)).clamp(max=1)
     return Transplant(scale.float(), (mean - scale * other_mean).float())
 
 
-def _moments(data: LabeledImages, weights: Tensor) -> tuple[Tensor, Tensor]:
+def moments(data: LabeledImages, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean and standard deviation of each pixel, float64 (C, H, W)."""
     counted = weights.nonzero().flatten()
     counted = counted[:: max(1, len(counted) // ENOUGH)]

@@ -2,13 +2,15 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from unplant.classifier import activations, logits
-from unplant.detection.clusters import outweighing, split_classes
+from unplant.detection.clusters import Split, outweighing, split_classes
+from unplant.detection.contents import hidden_contents
 from unplant.detection.kinship import odds_of_poison
 from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
 from unplant.erasers.examination import Examination, cross_examine
@@ -143,8 +145,30 @@ class Run:
             believed=config.believed,
         )
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
+        if config.transplants:
+            found = self.bared(found, split)
         self.left_out, self.own_label, self.in_doubt = found.left_out, found.own_label, found.in_doubt
         return found
+
+    def bared(self, found: Examination, split: Split) -> Examination:
+        """The same, and groups that kept their label in the trials, but hide what they show (`hidden_contents`)."""
+        labels = self.data.labels
+        lost_one, hide = (torch.zeros_like(found.longer) for _ in range(2))
+        lost_one[labels[found.left_out]] = True
+        hiding, shown = hidden_contents(self.infected, self.data, split, self.before, ~lost_one, self.config.precision)
+        if not hiding.any():
+            return found
+        hide[labels[hiding]] = True
+        counts = torch.bincount(labels[hiding], minlength=len(hide))
+        self.rounds.append({"step": "bared", "left_out": counts.tolist()})
+        return replace(
+            found,
+            left_out=found.left_out | hiding,
+            score=torch.where(hiding, drop_score(self.before, shown, labels), found.score),
+            outputs=torch.where(hiding[:, None], shown, found.outputs),
+            start=self.infected,
+            in_doubt=found.in_doubt & ~hide[labels],
+        )
 
     def shared(self, score: Tensor) -> Tensor:
         """Suspicion (N,), shared within groups; a group that carries a trigger is suspect whatever it lost."""
