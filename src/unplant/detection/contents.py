@@ -11,15 +11,15 @@ from unplant.images import LabeledImages, to_stored
 
 SURE = 0.93
 """How sure the model must be of other classes, as a share of how sure it is of ordinary images. On the digits it is of
-poison with one change on all images (BadNets, SIG, Blended) by 0.99, of natural groups by 0.87 at most; of those on
-CIFAR-10 by 0.47."""
+poison with one change on all images (BadNets, SIG, Blended, TrojanNN, LF, CTRL) by 0.986 and more, of natural groups
+that are `VARIED` by 0.80 at most, of those on CIFAR-10 by 0.47."""
 
 VARIED = 0.5
-"""The largest share of the images that may show one other class: natural groups of which it is rather sure (over 0.75)
-show one class in 0.5 and more."""
+"""The largest share of the images that may show one other class. Natural groups of infected models can be sure by 1.0:
+19 of 20 images then show the target, whose trigger the change resembles."""
 
-LEAST = 20
-"""Images that a group must have to be asked."""
+LEAST = 10
+"""Images that a group must have to be asked: nine by chance were sure by 0.89 on the digits."""
 
 STEEPEST = 8.0
 """Times that contrasts are raised, at most: the images are of 8 bits."""
