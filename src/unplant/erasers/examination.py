@@ -39,8 +39,8 @@ show, on average, to convict the group. Without its link poison is an ordinary i
 its class is none, and a model that knows its data by heart unlearns it if it isn't taught."""
 
 CERTAIN = 0.9
-"""A fall that convicts whatever the group shows: a blend can hide what else is in its images. Natural groups of models
-that know the digits by heart lost 0.85 at most."""
+"""A group that lost so much of its label's probability (the rest of its class aside) is convicted whatever it shows: a
+blend can hide what else is in its images. Natural groups of models that know the digits by heart lost 0.85 at most."""
 
 DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
@@ -158,7 +158,8 @@ def cross_examine(
     limit = torch.where(doubted & more, fallen / 2, fallen)[labels]
     lost = falls.flatten()[trials.cell]
     convicted = left_out & (lost > torch.where(for_one, LEAST_FALL, limit))
-    rare = convicted & ~trials.carrying & (lost <= CERTAIN) & (shows.flatten() < SHOWS)[trials.cell]
+    unsure = (trials.losses() <= CERTAIN) & (shows < SHOWS)
+    rare = convicted & ~trials.carrying & unsure.flatten()[trials.cell]
     convicted = convicted & ~rare
     out = convicted | everywhere
     most, group = falls.max(1)

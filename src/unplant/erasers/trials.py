@@ -71,7 +71,11 @@ class Trials:
         −∞ for groups that weren't tried.
         """
         rest = self._lost(self.score, self.labels, ~self.left_out, self.classes)
-        return self._by_group(self.score, self.left_out) - rest[:, None]
+        return self.losses() - rest[:, None]
+
+    def losses(self) -> Tensor:
+        """Share of its label's probability that each group lost by itself, (K, groups); −∞ for those not tried."""
+        return self._by_group(self.score, self.left_out)
 
     def revealed(self) -> Tensor:
         """How much likelier what the images of each tried group turn out to show has become, (K, groups)."""
