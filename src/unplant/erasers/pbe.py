@@ -53,6 +53,9 @@ class PBEConfig(AdversarialConfig):
     believed: bool = Field(
         default=True, description="clusters: trials are taught only images whose label the infected model gives"
     )
+    bared: bool = Field(
+        default=True, description="clusters: ask what groups that nobody convicts show without what they have in common"
+    )
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"
     )

@@ -145,7 +145,7 @@ class Run:
             believed=config.believed,
         )
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
-        if config.transplants:
+        if config.bared:
             found = self.bared(found, split)
         self.left_out, self.own_label, self.in_doubt = found.left_out, found.own_label, found.in_doubt
         return found
