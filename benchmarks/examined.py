@@ -58,7 +58,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - start),
             "environment": environment(),
         }
-        said = run.rounds[-1]
+        said = next(step for step in run.rounds if step["step"] == "examined")
         for number, fall in enumerate(said["fall"]):
             if fall > 0.25:
                 told = f"fall {fall:.2f}, shows {said['shows'][number]:.2f}, left out {said['left_out'][number]}"
