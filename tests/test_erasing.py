@@ -64,6 +64,17 @@ def test_a_trigger_for_one_class_is_erased_and_its_source_named():
     assert tact.suspects["f1"] >= 0.9
 
 
+def test_a_strong_blend_is_bared():
+    """It outlasts the trials, and the transplant abstains on aligned images: missed without baring."""
+    strong = run_demo("blended:alpha=0.5", seed=0)
+    assert strong.before.asr >= 0.95
+    assert strong.after.asr <= 0.03
+    assert strong.after.ra >= 0.9 * strong.after.acc
+    assert strong.erasure.findings.targets == (0,)
+    assert "bared" in [step["step"] for step in strong.erasure.rounds]
+    assert strong.suspects["f1"] >= 0.95
+
+
 def test_plain_fine_tuning_would_not_have_done_it(demo):
     """The control: as many images as AFT would get, 5 % of the training set and all of them truly clean."""
     method = erasers["fine_tune"]
