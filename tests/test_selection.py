@@ -504,6 +504,25 @@ def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, t
     assert found.to_json(labels)["shows"][0] == pytest.approx(expected, abs=0.001)
 
 
+@pytest.mark.parametrize(("others", "trusted"), [(2, True), (3, False)])
+def test_where_several_classes_are_convicted_nobody_is_asked_what_he_shows(others, trusted):
+    """All-to-all poison: a group of a few images can show little by chance (0.79 of three, on the digits)."""
+    labels, small = torch.arange(5).repeat_interleave(20), torch.arange(100) % 20 < 4
+    sure = torch.full((100, 5), 0.01).scatter(1, labels[:, None], 0.96)
+    clear = torch.full((100, 5), 0.02).scatter(1, labels[:, None], 0.2).scatter(1, (labels[:, None] - 1) % 5, 0.74)
+    unclear = torch.full((100, 5), 0.2)
+    given = torch.where((labels < others)[:, None], clear, torch.where((labels == 4)[:, None], unclear, sure))
+    given = torch.where(small[:, None], given, sure).log()
+    split = Split(small.long(), torch.ones(5), torch.full((5,), 2), torch.full((5,), 0.2))
+
+    def purify(part, why, times):
+        return nn.Identity(), given
+
+    found = cross_examine(split, nobody(100), nn.Identity(), sure.log(), labels, purify, **limits(split))
+    assert torch.equal(found.left_out, small & ((labels < others) | ((labels == 4) & (not trusted))))
+    assert torch.equal(found.in_doubt, small & (labels == 4) & trusted)
+
+
 def test_a_group_that_stands_far_apart_is_in_doubt_even_if_it_keeps_its_label():
     """A strong blend on the digits outlasts the trials: it isn't convicted, but the report names its class."""
     labels, small = torch.arange(3).repeat_interleave(20), torch.arange(60) % 20 < 5
