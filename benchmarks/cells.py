@@ -105,6 +105,17 @@ def eraser_options(options: argparse.ArgumentParser, method: str) -> None:
     options.add_argument("--test-images", type=int, help="for quick looks: measure on so many test images at random")
 
 
+def suspect_options(options: argparse.ArgumentParser) -> None:
+    """The options of benchmarks that run an eraser on suspect sets."""
+    options.add_argument("--suspect-images", type=int, help="the eraser gets so many at random")
+    options.add_argument("--defence-seed", type=int, help="of the eraser; default: --seed")
+
+
+def defence_seed_of(args: argparse.Namespace) -> int:
+    """What the eraser's generator begins with."""
+    return args.seed if args.defence_seed is None else args.defence_seed
+
+
 def eraser_of(args: argparse.Namespace) -> tuple[Method, EraserConfig, str]:
     """The eraser, its configuration and the configuration's name."""
     method = erasers[args.method]

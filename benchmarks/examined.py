@@ -3,7 +3,8 @@
     python benchmarks/examined.py cells.txt --data digits:train --test digits:test --set epochs=20 \
         --set batch_size=64 --eraser batch_size=64 --out examined.jsonl
 
-A third of what the whole run costs, and it decides what that finds: a run whose examination is as before is as before.
+About a third of what the whole run costs (more with a longer trial), and it decides what that finds: a run whose
+examination is as before is as before.
 Per class: how many poisoned images it has, and how many of them are left out and in doubt. Cells: benchmarks/cells.py.
 """
 
@@ -11,7 +12,7 @@ import time
 from typing import Any
 
 import torch
-from cells import eraser_of, eraser_options, infected_by, parser, run_missing, setting
+from cells import defence_seed_of, eraser_of, eraser_options, infected_by, parser, run_missing, setting, suspect_options
 from torch import Tensor
 
 from unplant.erasers.pbe import PBEConfig
@@ -25,10 +26,9 @@ def main() -> None:
     """Examines what is missing."""
     options = parser(__doc__)
     eraser_options(options, "pbe")
-    options.add_argument("--suspect-images", type=int, help="the eraser gets so many at random")
-    options.add_argument("--defence-seed", type=int, help="of the eraser; default: --seed")
+    suspect_options(options)
     args = options.parse_args()
-    defence_seed = args.seed if args.defence_seed is None else args.defence_seed
+    defence_seed = defence_seed_of(args)
     here, (_, config, label) = setting(args), eraser_of(args)
     assert isinstance(config, PBEConfig)
 

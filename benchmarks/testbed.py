@@ -13,7 +13,18 @@ from statistics import mean
 from typing import Any
 
 import torch
-from cells import eraser_of, eraser_options, infected_by, lengthened, parser, run_missing, setting, test_part
+from cells import (
+    defence_seed_of,
+    eraser_of,
+    eraser_options,
+    infected_by,
+    lengthened,
+    parser,
+    run_missing,
+    setting,
+    suspect_options,
+    test_part,
+)
 
 from unplant.evaluation import evaluate, suspect_quality
 from unplant.poisoning import Attack
@@ -24,10 +35,9 @@ def main() -> None:
     """Erases what is missing and prints a Markdown table with mean and worst."""
     options = parser(__doc__)
     eraser_options(options, "pbe")
-    options.add_argument("--suspect-images", type=int, help="the eraser gets so many at random")
-    options.add_argument("--defence-seed", type=int, help="of the eraser; default: --seed")
+    suspect_options(options)
     args = options.parse_args()
-    defence_seed = args.seed if args.defence_seed is None else args.defence_seed
+    defence_seed = defence_seed_of(args)
     here = setting(args)
     test, (method, config, label) = test_part(args, here.test), eraser_of(args)
 

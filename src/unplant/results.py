@@ -29,9 +29,9 @@ class Findings:
             share of other images in which the infected model obeys it; None where none could be recovered.
         trigger_after: share in which the purified model does.
         sources: the classes on whose images alone the recovered trigger was seen to work; empty: on any.
-        in_doubt: the classes, not among the targets, that hold a group which hangs on its label as poison does,
-            or nearly, but isn't convicted, or stands as far apart.
-            Whether it is poison is undecided; it was not erased, and the estimates don't cover it.
+        in_doubt: the classes, not among the targets, that hold a group which hangs on its label as poison does, or
+            nearly, or stands as far apart. Whether it is poison is undecided; it was not erased, and the estimates
+            don't cover it.
         flagged: how many suspects each of the targets has, in their order; empty by inversion.
     """
 
