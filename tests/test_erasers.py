@@ -14,7 +14,7 @@ from unplant.erasers.base import Method, settle
 from unplant.erasers.examination import Examination
 from unplant.erasers.pbe_run import Run
 from unplant.erasers.selection import Lesson
-from unplant.erasers.steps import adversarial_fine_tuning
+from unplant.erasers.steps import adversarial_fine_tuning, familiar_padding
 from unplant.errors import DataError, NumericalError, UsageError
 from unplant.images import LabeledImages
 from unplant.journal import Journal
@@ -354,6 +354,38 @@ class HalfMirror(nn.Module):
         left, right = pixels.chunk(2, dim=3)
         difference = self.scale * (left.mean((1, 2, 3)) - right.mean((1, 2, 3)))
         return torch.stack([-difference, difference], 1)
+
+
+class TopRow(nn.Module):
+    """Sees the first row of pixels, wherever the image's content is; of crops it sees another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, pixels):
+        brightness = self.scale * (pixels[:, :, 0].mean((1, 2)) - 0.5)
+        return torch.stack([-brightness, brightness], 1)
+
+
+def test_trials_crop_images_only_if_the_model_knows_crops():
+    rows = torch.full((64, 1, 8, 8), 20, dtype=torch.uint8)
+    rows[::2, :, 0] = 240  # one bright row at the top: a crop moves it down, or cuts it off
+    model, labels = TopRow(), (torch.arange(64) + 1) % 2
+    striped = LabeledImages(rows, labels, ("dark", "bright"))
+    flat = LabeledImages(rows[:, :, :1].expand(-1, -1, 8, -1).contiguous(), labels, ("dark", "bright"))
+    config = quick(erasers["pbe"]).but(padding=None)
+    assert familiar_padding(config, model, striped) == 0
+    assert familiar_padding(config, Everywhere(), flat) is None  # the usual padding
+    assert familiar_padding(config.but(padding=3), model, striped) == 3
+
+
+class Everywhere(TopRow):
+    """Sees whether there is a bright pixel at all."""
+
+    def forward(self, pixels):
+        brightness = self.scale * (pixels.amax((1, 2, 3)) - 0.5)
+        return torch.stack([-brightness, brightness], 1)
 
 
 def test_images_are_mirrored_only_if_the_model_does_not_mind():

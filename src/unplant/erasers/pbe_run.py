@@ -21,7 +21,7 @@ from unplant.erasers.selection import (
     shared_suspicion,
     step_three,
 )
-from unplant.erasers.steps import adversarial_fine_tuning
+from unplant.erasers.steps import adversarial_fine_tuning, familiar_padding
 from unplant.erasers.verdict import findings, retrial
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
@@ -41,6 +41,7 @@ class Run:
 
     Attributes:
         config: settings, nothing left open.
+        padding: of crops in trials and rounds, see `familiar_padding`.
         steps: adversarial steps a round.
         final_steps: steps of the ending.
         before: float (N, K), logits of θ₀.
@@ -66,6 +67,7 @@ class Run:
         journal: Journal = NOTHING,
     ) -> None:
         self.infected, self.data, self.config = infected, data, config
+        self.padding = familiar_padding(config, infected, data)
         self.generator = generator
         self.around = {"generator": generator, "progress": progress, "journal": journal}
         epoch = steps_of(1, data, config.batch_size)
@@ -76,7 +78,8 @@ class Run:
         self.left_out = self.own_label = self.in_doubt = self.nobody
         self.witnesses = torch.rand(len(data), generator=generator) < config.witnesses
         self.relabelled = self.acquitted = self.nobody
-        self.rounds: list[dict[str, Any]] = [{"step": "ball", "eps": config.eps, "flip": config.flip}]
+        ball = {"eps": config.eps, "flip": config.flip, "padding": self.padding}
+        self.rounds: list[dict[str, Any]] = [{"step": "ball", **ball}]
         self.extra_sets: list[Tensor] = []
         self.layers: list[Tensor] = []
 
@@ -84,14 +87,22 @@ class Run:
         """Its logits (N, K) on D."""
         return logits(model, self.data, precision=self.config.precision)
 
-    def learn(self, start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float) -> nn.Module:
+    def learn(
+        self,
+        start: nn.Module,
+        lesson: Lesson,
+        steps: int,
+        title: str,
+        adversarial_share: float,
+        padding: int | None,
+    ) -> nn.Module:
         """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
         chosen = self.data.relabel(lesson.labels).select(lesson.images)
         trigger = lesson.trigger.change if lesson.trigger is not None else None
         half = self.config.transplants / 2  # before augmentation, as the suspects carry it, and after it, in its place
         if lesson.trigger is not None:
             chosen = with_trigger(chosen, lesson.trigger, half, self.generator)
-        settings = self.config.but(adversarial_share=adversarial_share)
+        settings = self.config.but(adversarial_share=adversarial_share, padding=padding)
         own = lesson.labels == self.data.labels
         self.extra_sets.append(lesson.images & own)
         self.relabelled = self.relabelled | (lesson.images & ~own)
@@ -120,7 +131,8 @@ class Run:
         infected, data, config = self.infected, self.data, self.config
 
         def purify(part: Tensor, why: str, times: int) -> tuple[nn.Module, Tensor]:
-            model = self.learn(infected, Lesson(part, data.labels), times * self.steps, why, config.adversarial_share)
+            lesson, steps = Lesson(part, data.labels), times * self.steps
+            model = self.learn(infected, lesson, steps, why, config.adversarial_share, self.padding)
             return model, self.outputs(model)
 
         self.layers = activations(infected, data, precision=config.precision)

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.adversarial import pgd
+from unplant.augment import Augment, augment
 from unplant.classifier import device_of, frozen
-from unplant.erasers.base import EraserConfig, settle
+from unplant.erasers.base import EraserConfig, knows, settle
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.journal import NOTHING, Journal
@@ -75,6 +76,18 @@ def settle_ball(config: AdversarialType, infected: nn.Module, data: LabeledImage
     """Decides what the config leaves open: mirroring, and the radius of the ball."""
     config = settle(config, infected, data)
     return config if config.eps is not None else config.but(eps=fitting_eps(infected, data, config))
+
+
+def familiar_padding(config: AdversarialConfig, infected: nn.Module, data: LabeledImages) -> int | None:
+    """Padding of random crops for steps after which a model is compared with θ₀: none if that doesn't know crops.
+
+    Else it would lose clean images' labels, too: on crops of its own training set, which it knows by heart as it is, a
+    model that was trained without them is right on half. A padding that the config gives is kept.
+    """
+    if config.padding is not None:
+        return config.padding
+    crops, generator = Augment(flip=False), torch.Generator().manual_seed(0)
+    return None if knows(infected, data, lambda images: augment(images, crops, generator)) else 0
 
 
 def stand_ins(config: AdversarialConfig, generator: torch.Generator) -> Change:
