@@ -368,6 +368,14 @@ class TopRow(nn.Module):
         return torch.stack([-brightness, brightness], 1)
 
 
+class Everywhere(TopRow):
+    """Sees whether there is a bright pixel at all."""
+
+    def forward(self, pixels):
+        brightness = self.scale * (pixels.amax((1, 2, 3)) - 0.5)
+        return torch.stack([-brightness, brightness], 1)
+
+
 def test_trials_crop_images_only_if_the_model_knows_crops():
     rows = torch.full((64, 1, 8, 8), 20, dtype=torch.uint8)
     rows[::2, :, 0] = 240  # one bright row at the top: a crop moves it down, or cuts it off
@@ -378,14 +386,6 @@ def test_trials_crop_images_only_if_the_model_knows_crops():
     assert familiar_padding(config, model, striped) == 0
     assert familiar_padding(config, Everywhere(), flat) is None  # the usual padding
     assert familiar_padding(config.but(padding=3), model, striped) == 3
-
-
-class Everywhere(TopRow):
-    """Sees whether there is a bright pixel at all."""
-
-    def forward(self, pixels):
-        brightness = self.scale * (pixels.amax((1, 2, 3)) - 0.5)
-        return torch.stack([-brightness, brightness], 1)
 
 
 def test_images_are_mirrored_only_if_the_model_does_not_mind():
