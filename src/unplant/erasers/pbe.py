@@ -27,8 +27,8 @@ class PBEConfig(AdversarialConfig):
     padding: int | None = Field(
         default=None,
         ge=0,
-        description="zero padding before a random crop, in pixels; none: an eighth of the height, 1 below 32, and none "
-        "at all before the ending if the infected model doesn't know such crops",
+        description="zero padding before a random crop, in pixels; none: an eighth of the height, 1 below 32, and in "
+        "trials none at all if the infected model doesn't know such crops",
     )
     schedule: Literal["constant", "cosine", "one-cycle"] = Field(
         default="cosine", description="learning rate within a round"
@@ -147,10 +147,9 @@ def pbe(
     for number in range(config.rounds):
         # Steps 1 and 2: fine-tuning on adversarial examples of D_ext.
         adversarial, plain = run.steps_of_round(number, lesson)
-        title, share = f"round {number + 1}", config.adversarial_share
-        purified = run.learn(purified, lesson, adversarial, title, share, run.padding)
+        purified = run.learn(purified, lesson, adversarial, f"round {number + 1}", config.adversarial_share)
         if plain:
-            purified = run.learn(purified, lesson, plain, f"{title}, plain", 0.0, run.padding)
+            purified = run.learn(purified, lesson, plain, f"round {number + 1}, plain", 0.0)
         # Step 3: images on which θ₀ and θ agree are the next D_ext.
         after = run.outputs(purified)
         suspicion = SCORES[config.score](run.before, after, data.labels)
@@ -166,8 +165,7 @@ def pbe(
     # Ending: plain images, to get accuracy back; the trigger stays in view, by a copy of it or by relabelled suspects.
     if run.final_steps:
         lesson = run.last_lesson(lesson, suspects, after)
-        share = config.final_adversarial_share
-        purified = run.learn(purified, lesson, run.final_steps, "ending", share, config.padding)
+        purified = run.learn(purified, lesson, run.final_steps, "ending", config.final_adversarial_share)
         after = run.outputs(purified)
     return run.erasure(purified, suspicion, suspects, after, lesson)
 

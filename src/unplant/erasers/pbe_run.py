@@ -41,7 +41,7 @@ class Run:
 
     Attributes:
         config: settings, nothing left open.
-        padding: of crops in trials and rounds, see `familiar_padding`.
+        padding: of crops in trials, see `familiar_padding`.
         steps: adversarial steps a round.
         final_steps: steps of the ending.
         before: float (N, K), logits of θ₀.
@@ -88,13 +88,7 @@ class Run:
         return logits(model, self.data, precision=self.config.precision)
 
     def learn(
-        self,
-        start: nn.Module,
-        lesson: Lesson,
-        steps: int,
-        title: str,
-        adversarial_share: float,
-        padding: int | None,
+        self, start: nn.Module, lesson: Lesson, steps: int, title: str, adversarial_share: float, *, trial: bool = False
     ) -> nn.Module:
         """Steps 1 and 2: fine-tuning on adversarial examples of D_ext, with their own labels."""
         chosen = self.data.relabel(lesson.labels).select(lesson.images)
@@ -102,6 +96,7 @@ class Run:
         half = self.config.transplants / 2  # before augmentation, as the suspects carry it, and after it, in its place
         if lesson.trigger is not None:
             chosen = with_trigger(chosen, lesson.trigger, half, self.generator)
+        padding = self.padding if trial else self.config.padding
         settings = self.config.but(adversarial_share=adversarial_share, padding=padding)
         own = lesson.labels == self.data.labels
         self.extra_sets.append(lesson.images & own)
@@ -132,7 +127,7 @@ class Run:
 
         def purify(part: Tensor, why: str, times: int) -> tuple[nn.Module, Tensor]:
             lesson, steps = Lesson(part, data.labels), times * self.steps
-            model = self.learn(infected, lesson, steps, why, config.adversarial_share, self.padding)
+            model = self.learn(infected, lesson, steps, why, config.adversarial_share, trial=True)
             return model, self.outputs(model)
 
         self.layers = activations(infected, data, precision=config.precision)

@@ -79,10 +79,11 @@ def settle_ball(config: AdversarialType, infected: nn.Module, data: LabeledImage
 
 
 def familiar_padding(config: AdversarialConfig, infected: nn.Module, data: LabeledImages) -> int | None:
-    """Padding of random crops for steps after which a model is compared with θ₀: none if that doesn't know crops.
+    """Padding of random crops for trials: none if θ₀ doesn't know crops.
 
-    Else it would lose clean images' labels, too: on crops of its own training set, which it knows by heart as it is, a
-    model that was trained without them is right on half. A padding that the config gives is kept.
+    Else the images that are taught would lose their labels with those that aren't: on crops of its own training set,
+    which it knows by heart as it is, a model that was trained without them is right on half. A padding that the config
+    gives is kept.
     """
     if config.padding is not None:
         return config.padding
