@@ -452,6 +452,39 @@ def test_where_several_classes_are_convicted_half_a_longer_fall_convicts_others(
     assert said["in_doubt"] == doubted, "0.7 of the half, or of its half"
 
 
+@pytest.mark.parametrize("later", [0.3, 0.2])
+@pytest.mark.parametrize(
+    ("witnesses", "agreed", "first", "tried_again"),
+    [(5, 5, 0.4, True), (4, 4, 0.4, True), (3, 5, 0.4, False), (5, 3, 0.4, False), (5, 5, 0.04, False)],
+)
+def test_a_group_of_a_class_that_the_groups_of_others_name_is_tried_for_longer(
+    witnesses, agreed, first, tried_again, later
+):
+    """Six classes of 25 images, a group of 5 in each. In five they are covers, which lose little and show class 0.
+
+    So many of these groups do, with so many of their images; the rest of them shows the class before its own.
+    """
+    labels, place = torch.arange(6).repeat_interleave(25), torch.arange(150) % 25
+    small = place < 5
+    names = small & (labels > 0) & (labels <= witnesses) & (place < agreed)
+    other = torch.where(names, 0, torch.where(labels > 1, labels - 1, labels + 1))
+    mine, second = (nn.functional.one_hot(of, 6) for of in (labels, other))
+    sure = mine * 0.96 + second * 0.036 + (1 - mine) * 0.001
+    calls = []
+
+    def purify(part, why, times):
+        calls.append(times)
+        poison = first if times == 1 else later
+        fall = torch.where(small, torch.where(labels == 0, poison, 0.15), 0.0)[:, None]
+        return nn.Identity(), (sure - fall * sure * mine + fall * 0.96 * second).log()
+
+    split = Split(small.long(), torch.ones(6), torch.full((6,), 2), torch.full((6,), 0.2))
+    found = cross_examine(split, nobody(150), nn.Identity(), sure.log(), labels, purify, **limits(split), longer=6)
+    assert calls == ([1, 6] if tried_again else [1])
+    assert found.to_json(labels)["named"] == ([0] if min(witnesses, agreed) >= 4 else [])
+    assert torch.equal(found.left_out, small & (labels == 0) & (tried_again and later == 0.3))
+
+
 @pytest.mark.parametrize(("size", "alike"), [(10, True), (12, False)])
 def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of_the_same(size, alike):
     """Five classes of 25 images; groups of 5 are convicted in four, one of `size` in the fifth falls by 0.4."""

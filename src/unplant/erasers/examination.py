@@ -33,6 +33,11 @@ ALIKE = 2.0
 """Such a group is at most so many times as large a part of its class as those that show it are in the median: one
 attack poisons its classes alike, and natural groups can be half of theirs."""
 
+NAMED = 0.8, 0.6
+"""A group names the class that so many of its images would be if not their own; a class is named if more than two other
+classes, and more than such a share of those with a group, name it. Natural kinds resemble this class or that; images
+that carry the trigger under their own label (covers) show its target, as long as it is taught."""
+
 SHOWS = 0.8
 """Share of what the purified model gives an ordinary image's class at least that it must give what a group turns out to
 show, on average, to convict the group. Without its link poison is an ordinary image of another class; a rare kind of
@@ -68,6 +73,7 @@ class Examination:
             sure the purified model is of ordinary images.
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
         longer: bool (K,), classes with a group in doubt that was tried for longer.
+        named: bool (K,), classes that groups of most others name, see `NAMED`.
         in_doubt: bool (N,), groups that are trusted again, but lost nearly as much as would convict them, or more, or
             stand further apart from their class than natural groups do.
     """
@@ -80,6 +86,7 @@ class Examination:
     shows: Tensor
     own_label: Tensor
     longer: Tensor
+    named: Tensor
     in_doubt: Tensor
 
     def to_json(self, labels: Tensor) -> dict[str, list[float]]:
@@ -91,6 +98,7 @@ class Examination:
             "shows": [round(v, 3) for v in self.shows.tolist()],
             "left_out": counts.tolist(),
             "longer": self.longer.nonzero().flatten().tolist(),
+            "named": self.named.nonzero().flatten().tolist(),
             "in_doubt": labels[self.in_doubt].unique().tolist(),
         }
 
@@ -122,10 +130,11 @@ def cross_examine(
     more, if not nearly all (`CERTAIN`), but don't turn out to show another class instead (`SHOWS`, beside few
     convictions): such kinds, too, in a model that knows its data by heart. If one lost little, but its images turn out
     to show what the infected model hadn't guessed (`revealed`), or many classes lost one (`SEVERAL`), or most nearly
-    did (`MOST`), its link may only be slow to break: it is tried for longer, and judged by that; with many such classes
-    half the loss convicts it, if it is as small a part of its class as theirs are (`ALIKE`). Groups that were seen to
-    carry a working trigger need no trial. If it works on all classes they aren't trusted again, even where they have
-    their label by right (clean-label poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
+    did (`MOST`), or groups of most others show its class (`NAMED`), its link may only be slow to break: it is tried for
+    longer, and judged by that. Half the loss convicts it then where its class is named, and with many such classes, if
+    it is as small a part of its class as theirs are (`ALIKE`). Groups that were seen to carry a working trigger need no
+    trial. If it works on all classes they aren't trusted again, even where they have their label by right (clean-label
+    poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
     Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
     would go on teaching the link to what is tried without the groups. So trials do without all whose label the
@@ -148,7 +157,9 @@ def cross_examine(
     trials = Trials(split, everywhere | for_one, infected, before, labels, many, purify, believed=believed)
     trials.run(balanced=balanced)
     falls = trials.falls()
-    more = _some_more_of_it(falls.amax(1), fallen, trials.part())
+    naming, asked = trials.naming(NAMED[0])
+    named = naming > (NAMED[1] * asked).clamp(min=SEVERAL[0])
+    more = _some_more_of_it(falls.amax(1), fallen, trials.part()) | (named & (falls.amax(1) <= fallen))
     doubted = ((falls > HINT) & (falls <= fallen) & ((trials.revealed() > REVEALED) | more[:, None])).any(1)
     if longer == 1:
         doubted = torch.zeros_like(doubted)
@@ -175,6 +186,7 @@ def cross_examine(
         shows=shows.gather(1, group[:, None]).flatten(),
         own_label=everywhere & ~convicted,
         longer=doubted,
+        named=named,
         in_doubt=left_out & ~out & ((lost > DOUBT * limit) | (split.gain > APART)[labels]),
     )
 

@@ -92,6 +92,20 @@ class Trials:
         ordinary = self.outputs.softmax(1).amax(1)[~self.left_out].mean()
         return (shown / ordinary).view(self.classes, self.width)
 
+    def naming(self, agreed: float) -> tuple[Tensor, Tensor]:
+        """How many of the other classes have a tried group that names each class, and that have any, (K,) each.
+
+        A group names the class that so large a share of its images would be if not their own.
+        """
+        other = self.outputs.scatter(1, self.labels[:, None], -torch.inf).argmax(1)
+        heard = self.left_out & ~self.carrying
+        counts = torch.bincount(self.cell[heard] * self.classes + other[heard], minlength=self.classes**2 * self.width)
+        shown = counts.view(self.classes, self.width, self.classes)
+        size = shown.sum(2, keepdim=True)
+        names = ((shown >= agreed * size) & (size > 0)).any(1)
+        asked = (size > 0).flatten(1).any(1).long()
+        return names.sum(0), asked.sum() - asked
+
     def part(self) -> Tensor:
         """Share of each class that was tried, (K,)."""
         return mean_by(self.labels, self.left_out.float(), torch.ones_like(self.left_out), self.classes)
