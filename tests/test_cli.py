@@ -237,7 +237,7 @@ def test_images_in_doubt_are_told_of_listed_and_shown(workshop, tmp_path, capsys
     def doubtful(split, carrying, infected, before, labels, purify, **settings):
         nobody, few = torch.zeros(len(labels), dtype=torch.bool), torch.zeros(10)
         score = torch.linspace(0, 0.49, len(labels))
-        return Examination(nobody, score, before, infected, few, few, nobody, few > 0, few > 0, labels == 3)
+        return Examination(nobody, score, before, infected, few, few, nobody, few > 0, few > 0, nobody, labels == 3)
 
     monkeypatch.setattr("unplant.erasers.pbe_run.cross_examine", doubtful)
     command = ["erase", workshop / "model.safetensors", "--suspect", workshop / "data"]

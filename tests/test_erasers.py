@@ -62,7 +62,7 @@ def test_pbe_reports_the_classes_that_its_examination_left_in_doubt(monkeypatch)
         nobody = torch.zeros(len(labels), dtype=torch.bool)
         few, doubted = torch.zeros(4), (labels == 2) & (torch.arange(200) < 40)
         classes, score = few > 0, torch.arange(200) / 200
-        return Examination(nobody, score, before, infected, few, few, nobody, classes, classes, doubted)
+        return Examination(nobody, score, before, infected, few, few, nobody, classes, classes, nobody, doubted)
 
     monkeypatch.setattr("unplant.erasers.pbe_run.cross_examine", doubtful)
     config = erasers["pbe"].configure(batch_size=16)

@@ -485,6 +485,31 @@ def test_a_group_of_a_class_that_the_groups_of_others_name_is_tried_for_longer(
     assert torch.equal(found.left_out, small & (labels == 0) & (tried_again and later == 0.3))
 
 
+@pytest.mark.parametrize("witnesses", [4, 2])
+def test_covers_are_trusted_whatever_they_lose(witnesses):
+    """Six classes of 25 images, groups of 5: poison in class 0, in the others images that lose as much.
+
+    They show class 0 in so many classes; the class before their own in the others.
+    """
+    labels, small = torch.arange(6).repeat_interleave(25), torch.arange(150) % 25 < 5
+    covers = small & (labels > 0) & (labels <= witnesses)
+    other = torch.where(covers, 0, torch.where(labels > 1, labels - 1, labels + 1))
+    mine, second = (nn.functional.one_hot(of, 6) for of in (labels, other))
+    sure = mine * 0.96 + second * 0.036 + (1 - mine) * 0.001
+    fall = torch.where(small, 0.8, 0.0)[:, None]
+    given = (sure - fall * sure * mine + fall * 0.96 * second).log()
+    split = Split(small.long(), torch.ones(6), torch.full((6,), 2), torch.full((6,), 0.2))
+    found = cross_examine(
+        split, nobody(150), nn.Identity(), sure.log(), labels, lambda *_: (nn.Identity(), given), **limits(split)
+    )
+    named = witnesses == 4
+    assert torch.equal(found.covers, covers if named else nobody(150)[0])
+    assert torch.equal(found.left_out, small & ~found.covers)
+    assert (found.score[found.covers] == 0).all()
+    assert not found.in_doubt.any()
+    assert found.to_json(labels)["covers"] == ([0, 5, 5, 5, 5, 0] if named else [0] * 6)
+
+
 @pytest.mark.parametrize(("size", "alike"), [(10, True), (12, False)])
 def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of_the_same(size, alike):
     """Five classes of 25 images; groups of 5 are convicted in four, one of `size` in the fifth falls by 0.4."""
@@ -541,7 +566,7 @@ def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, t
 def test_where_several_classes_are_convicted_nobody_is_asked_what_he_shows(others, trusted):
     """All-to-all poison: a group of a few images can show little by chance (0.79 of three, on the digits)."""
     labels, small = torch.arange(5).repeat_interleave(20), torch.arange(100) % 20 < 4
-    sure = torch.full((100, 5), 0.01).scatter(1, labels[:, None], 0.96)
+    sure = torch.full((100, 5), 0.009).scatter(1, labels[:, None], 0.96).scatter(1, (labels[:, None] + 1) % 5, 0.013)
     clear = torch.full((100, 5), 0.02).scatter(1, labels[:, None], 0.2).scatter(1, (labels[:, None] - 1) % 5, 0.74)
     unclear = torch.full((100, 5), 0.2)
     given = torch.where((labels < others)[:, None], clear, torch.where((labels == 4)[:, None], unclear, sure))

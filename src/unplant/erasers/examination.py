@@ -35,8 +35,8 @@ attack poisons its classes alike, and natural groups can be half of theirs."""
 
 NAMED = 0.8, 0.6
 """A group names the class that so many of its images would be if not their own; a class is named if more than two other
-classes, and more than such a share of those with a group, name it. Natural kinds resemble this class or that; images
-that carry the trigger under their own label (covers) show its target, as long as it is taught."""
+classes, and more than such a share of those with a group, name it. Natural kinds resemble this class or that; covers,
+which carry the trigger under their own label, show its target as long as it is taught. They are trusted again."""
 
 SHOWS = 0.8
 """Share of what the purified model gives an ordinary image's class at least that it must give what a group turns out to
@@ -74,6 +74,7 @@ class Examination:
         own_label: bool (N,), images that are left out for their trigger alone: their label didn't hang on it.
         longer: bool (K,), classes with a group in doubt that was tried for longer.
         named: bool (K,), classes that groups of most others name, see `NAMED`.
+        covers: bool (N,), those groups: trusted, whatever they lost.
         in_doubt: bool (N,), groups that are trusted again, but lost nearly as much as would convict them, or more, or
             stand further apart from their class than natural groups do.
     """
@@ -87,6 +88,7 @@ class Examination:
     own_label: Tensor
     longer: Tensor
     named: Tensor
+    covers: Tensor
     in_doubt: Tensor
 
     def to_json(self, labels: Tensor) -> dict[str, list[float]]:
@@ -99,6 +101,7 @@ class Examination:
             "left_out": counts.tolist(),
             "longer": self.longer.nonzero().flatten().tolist(),
             "named": self.named.nonzero().flatten().tolist(),
+            "covers": torch.bincount(labels[self.covers], minlength=len(self.fall)).tolist(),
             "in_doubt": labels[self.in_doubt].unique().tolist(),
         }
 
@@ -132,9 +135,10 @@ def cross_examine(
     to show what the infected model hadn't guessed (`revealed`), or many classes lost one (`SEVERAL`), or most nearly
     did (`MOST`), or groups of most others show its class (`NAMED`), its link may only be slow to break: it is tried for
     longer, and judged by that. Half the loss convicts it then where its class is named, and with many such classes, if
-    it is as small a part of its class as theirs are (`ALIKE`). Groups that were seen to carry a working trigger need no
-    trial. If it works on all classes they aren't trusted again, even where they have their label by right (clean-label
-    poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
+    it is as small a part of its class as theirs are (`ALIKE`). The groups that name a class are trusted again: they
+    carry its trigger under their own label. Groups that were seen to carry a working trigger need no trial. If it works
+    on all classes they aren't trusted again, even where they have their label by right (clean-label poison); if it
+    works on one class, a small fall must bear that out (`LEAST_FALL`).
 
     Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
     would go on teaching the link to what is tried without the groups. So trials do without all whose label the
@@ -156,9 +160,10 @@ def cross_examine(
     everywhere, for_one = carrying
     trials = Trials(split, everywhere | for_one, infected, before, labels, many, purify, believed=believed)
     trials.run(balanced=balanced)
+    names, asked = trials.names(NAMED[0])
+    named = _named(names, asked)
+    covers = trials.trust((names >= 0) & named[names])
     falls = trials.falls()
-    naming, asked = trials.naming(NAMED[0])
-    named = naming > (NAMED[1] * asked).clamp(min=SEVERAL[0])
     more = _some_more_of_it(falls.amax(1), fallen, trials.part()) | (named & (falls.amax(1) <= fallen))
     doubted = ((falls > HINT) & (falls <= fallen) & ((trials.revealed() > REVEALED) | more[:, None])).any(1)
     if longer == 1:
@@ -187,8 +192,22 @@ def cross_examine(
         own_label=everywhere & ~convicted,
         longer=doubted,
         named=named,
+        covers=covers,
         in_doubt=left_out & ~out & ((lost > DOUBT * limit) | (split.gain > APART)[labels]),
     )
+
+
+def _named(names: Tensor, asked: Tensor) -> Tensor:
+    """Bool (K,): classes that groups of most others name.
+
+    Args:
+        names: int64 (K, groups), the class that each group names; −1 for none.
+        asked: bool (K, groups), groups that were asked.
+    """
+    classes, group = (names >= 0).nonzero(as_tuple=True)
+    votes = (classes * len(names) + names[classes, group]).unique() % len(names)
+    others = asked.any(1).sum() - asked.any(1).long()
+    return torch.bincount(votes, minlength=len(names)) > (NAMED[1] * others).clamp(min=SEVERAL[0])
 
 
 def _some_more_of_it(fall: Tensor, fallen: float, part: Tensor) -> Tensor:

@@ -92,19 +92,26 @@ class Trials:
         ordinary = self.outputs.softmax(1).amax(1)[~self.left_out].mean()
         return (shown / ordinary).view(self.classes, self.width)
 
-    def naming(self, agreed: float) -> tuple[Tensor, Tensor]:
-        """How many of the other classes have a tried group that names each class, and that have any, (K,) each.
+    def names(self, agreed: float) -> tuple[Tensor, Tensor]:
+        """The class that each tried group names, (K, groups), −1 for none, and which groups were asked, bool.
 
-        A group names the class that so large a share of its images would be if not their own.
+        That is the class that so large a share of its images, more than half, would be if not their own. Carriers of a
+        trigger aren't asked.
         """
         other = self.outputs.scatter(1, self.labels[:, None], -torch.inf).argmax(1)
         heard = self.left_out & ~self.carrying
-        counts = torch.bincount(self.cell[heard] * self.classes + other[heard], minlength=self.classes**2 * self.width)
-        shown = counts.view(self.classes, self.width, self.classes)
-        size = shown.sum(2, keepdim=True)
-        names = ((shown >= agreed * size) & (size > 0)).any(1)
-        asked = (size > 0).flatten(1).any(1).long()
-        return names.sum(0), asked.sum() - asked
+        size = torch.bincount(self.cell[heard], minlength=self.classes * self.width)
+        pairs, counts = (self.cell * self.classes + other)[heard].unique(return_counts=True)
+        where, named = pairs // self.classes, pairs % self.classes
+        clear = counts >= agreed * size[where]
+        names = torch.full_like(size, -1).index_put_((where[clear],), named[clear])
+        return names.view(self.classes, self.width), (size > 0).view(self.classes, self.width)
+
+    def trust(self, groups: Tensor) -> Tensor:
+        """Takes groups (K, groups) as if they had never been left out; which images that are, (N,)."""
+        trusted = self.left_out & groups.flatten()[self.cell]
+        self.left_out, self.score = self.left_out & ~trusted, self.score.masked_fill(trusted, 0.0)
+        return trusted
 
     def part(self) -> Tensor:
         """Share of each class that was tried, (K,)."""
