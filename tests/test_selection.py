@@ -510,6 +510,30 @@ def test_covers_are_trusted_whatever_they_lose(witnesses):
     assert found.to_json(labels)["covers"] == ([0, 5, 5, 5, 5, 0] if named else [0] * 6)
 
 
+@pytest.mark.parametrize(("witnesses", "forget", "right"), [(5, 0.3, True), (5, 0.45, False), (2, 0.3, False)], ids=str)
+def test_covers_say_which_half_of_a_class_is_poison(witnesses, forget, right):
+    """Class 0 is half poison, and loses less of its label than the clean half does, each where the other is taught.
+
+    Covers in so many of the five other classes show class 0 by 0.5 while the poison is taught, else by `forget`.
+    """
+    labels, place = torch.arange(6).repeat_interleave(25), torch.arange(150) % 25
+    small = place < torch.where(labels == 0, 12, 5)
+    poisoned = ~small & (labels == 0)
+    other = torch.where((labels > 0) & (labels <= witnesses), 0, torch.where(labels > 1, labels - 1, labels + 1))
+    mine, second = (nn.functional.one_hot(of, 6) for of in (labels, other))
+    sure = mine * 0.96 + second * 0.036 + (1 - mine) * 0.001
+
+    def purify(part, why, times):
+        taught = part[poisoned].any()
+        lost = torch.where(poisoned, 0.0 if taught else 0.6, torch.where(labels == 0, 0.8 if taught else 0.0, 0.0))
+        lost = torch.where(small & (labels > 0), 0.5 if taught else forget, lost)[:, None]
+        return nn.Identity(), (sure - lost * sure * mine + lost * 0.96 * second).log()
+
+    split = Split(small.long(), torch.ones(6), torch.full((6,), 2), torch.tensor([0.48] + [0.2] * 5))
+    found = cross_examine(split, nobody(150), nn.Identity(), sure.log(), labels, purify, **limits(split))
+    assert torch.equal(found.left_out & (labels == 0), poisoned if right else small & (labels == 0))
+
+
 @pytest.mark.parametrize(("size", "alike"), [(10, True), (12, False)])
 def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of_the_same(size, alike):
     """Five classes of 25 images; groups of 5 are convicted in four, one of `size` in the fifth falls by 0.4."""

@@ -38,6 +38,10 @@ NAMED = 0.8, 0.6
 classes, and more than such a share of those with a group, name it. Natural kinds resemble this class or that; covers,
 which carry the trigger under their own label, show its target as long as it is taught. They are trusted again."""
 
+CLEARLY = 0.1
+"""Covers say which half of the class that they name is poison: they give it this much less of their probability where
+that half was left out. Input-aware on the digits: 0.45 and 0.09."""
+
 SHOWS = 0.8
 """Share of what the purified model gives an ordinary image's class at least that it must give what a group turns out to
 show, on average, to convict the group. Without its link poison is an ordinary image of another class; a rare kind of
@@ -162,7 +166,9 @@ def cross_examine(
     trials.run(balanced=balanced)
     names, asked = trials.names(NAMED[0])
     named = _named(names, asked)
-    covers = trials.trust((names >= 0) & named[names])
+    names = names.masked_fill(~named[names], -1)
+    trials.settle(names, CLEARLY)
+    covers = trials.trust(names >= 0)
     falls = trials.falls()
     more = _some_more_of_it(falls.amax(1), fallen, trials.part()) | (named & (falls.amax(1) <= fallen))
     doubted = ((falls > HINT) & (falls <= fallen) & ((trials.revealed() > REVEALED) | more[:, None])).any(1)

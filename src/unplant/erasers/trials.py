@@ -45,6 +45,7 @@ class Trials:
         self._seen = torch.zeros_like(many).index_fill_(0, labels[carrying], True)
         self._most = torch.full((self.classes,), -torch.inf)
         self._models: list[tuple[Tensor, nn.Module]] = []
+        self._given: list[Tensor] = []
 
     def run(self, *, balanced: float) -> None:
         """Tries what is to be tried: all but the largest groups; and the largest where another is as likely clean."""
@@ -107,6 +108,31 @@ class Trials:
         names = torch.full_like(size, -1).index_put_((where[clear],), named[clear])
         return names.view(self.classes, self.width), (size > 0).view(self.classes, self.width)
 
+    def settle(self, names: Tensor, clearly: float) -> None:
+        """Takes, of each class that groups name, the trial after which these show it least, if it is clearly less.
+
+        They show a class while its trigger is taught: the trial that left its poison out is the one that they forget
+        it in. Classes with the same images left out in all trials stay as they are.
+
+        Args:
+            names: int64 (K, groups), the class that each group names; −1 for none.
+            clearly: by how much their mean probability of that class must be less than in the trial that was kept.
+        """
+        covers = names.flatten()[self.cell].masked_fill(~self.left_out, -1)
+        for label in names[names >= 0].unique().tolist():
+            mine = self.labels == label
+            shown = [given.softmax(1)[covers == label, label].mean() for given in self._given]
+            kept = next(
+                k for k, (without, _) in enumerate(self._models) if torch.equal(without[mine], self.left_out[mine])
+            )
+            least = min(range(len(shown)), key=lambda k: float(shown[k]))
+            without, given = self._models[least][0], self._given[least]
+            if shown[least] < shown[kept] - clearly and without[mine].any():
+                drop = drop_score(self.before, given, self.labels)
+                self.left_out = torch.where(mine, without, self.left_out)
+                self.score = torch.where(mine, drop, self.score)
+                self.outputs = torch.where(mine[:, None], given, self.outputs)
+
     def trust(self, groups: Tensor) -> Tensor:
         """Takes groups (K, groups) as if they had never been left out; which images that are, (N,)."""
         trusted = self.left_out & groups.flatten()[self.cell]
@@ -138,6 +164,7 @@ class Trials:
         share = self._by_group(drop, without).amax(1) - torch.where(self.many, rest, 0)
         better = tried & (share > self._most) if self._models else torch.ones_like(self.many)
         self._models.append((without, model))
+        self._given.append(given)
         self._most, turned = torch.where(better, share, self._most), better[self.labels]
         self.left_out = torch.where(turned, without, self.left_out)
         self.score = torch.where(turned, drop, self.score)
