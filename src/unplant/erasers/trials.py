@@ -1,6 +1,7 @@
 """Trials of groups: θ₀ is purified without them, and what they lose is counted."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,14 @@ from unplant.erasers.selection import FLOOR, drop_score, mean_by, revealed, show
 Purify = Callable[[Tensor, str, int], tuple[nn.Module, Tensor]]
 """Steps 1 and 2 on the images of a mask (N,), the text says what for, so many times as long: the purified model and its
 logits (N, K)."""
+
+
+class Trial(NamedTuple):
+    """One of them: the images (N,) that it did without, the purified model, and its logits (N, K)."""
+
+    without: Tensor
+    model: nn.Module
+    given: Tensor
 
 
 class Trials:
@@ -44,8 +53,7 @@ class Trials:
         self._had = before.softmax(1).gather(1, labels[:, None]).flatten()
         self._seen = torch.zeros_like(many).index_fill_(0, labels[carrying], True)
         self._most = torch.full((self.classes,), -torch.inf)
-        self._models: list[tuple[Tensor, nn.Module]] = []
-        self._given: list[Tensor] = []
+        self._tried: list[Trial] = []
 
     def run(self, *, balanced: float) -> None:
         """Tries what is to be tried: all but the largest groups; and the largest where another is as likely clean."""
@@ -61,7 +69,7 @@ class Trials:
     def run_again(self, classes: Tensor, times: int) -> None:
         """Tries the same groups so many times as long, and takes that for the classes of a mask (K,)."""
         model, given = self._purified(self.left_out, "groups in doubt, for longer", times)
-        self._models.insert(0, (self.left_out, model))
+        self._tried.insert(0, Trial(self.left_out, model, given))
         turned = classes[self.labels]
         self.score = torch.where(turned, drop_score(self.before, given, self.labels), self.score)
         self.outputs = torch.where(turned[:, None], given, self.outputs)
@@ -120,18 +128,19 @@ class Trials:
         """
         covers = names.flatten()[self.cell].masked_fill(~self.left_out, -1)
         for label in names[names >= 0].unique().tolist():
-            mine = self.labels == label
-            shown = [given.softmax(1)[covers == label, label].mean() for given in self._given]
-            kept = next(
-                k for k, (without, _) in enumerate(self._models) if torch.equal(without[mine], self.left_out[mine])
-            )
-            least = min(range(len(shown)), key=lambda k: float(shown[k]))
-            without, given = self._models[least][0], self._given[least]
-            if shown[least] < shown[kept] - clearly and without[mine].any():
-                drop = drop_score(self.before, given, self.labels)
-                self.left_out = torch.where(mine, without, self.left_out)
-                self.score = torch.where(mine, drop, self.score)
-                self.outputs = torch.where(mine[:, None], given, self.outputs)
+            mine, naming = self.labels == label, covers == label
+            found = [trial for trial in self._tried if (naming & trial.without).any()]
+            shown = [float(trial.given.softmax(1)[naming & trial.without, label].mean()) for trial in found]
+            as_kept = [torch.equal(trial.without[mine], self.left_out[mine]) for trial in found]
+            if not any(as_kept):
+                continue
+            least = min(range(len(found)), key=shown.__getitem__)
+            if as_kept[least] or shown[least] > shown[as_kept.index(True)] - clearly:
+                continue
+            drop = drop_score(self.before, found[least].given, self.labels)
+            self.left_out = torch.where(mine, found[least].without, self.left_out)
+            self.score = torch.where(mine, drop, self.score)
+            self.outputs = torch.where(mine[:, None], found[least].given, self.outputs)
 
     def trust(self, groups: Tensor) -> Tensor:
         """Takes groups (K, groups) as if they had never been left out; which images that are, (N,)."""
@@ -145,7 +154,7 @@ class Trials:
 
     def start(self) -> nn.Module:
         """The model that was purified without just the groups that were tried; θ₀ if none was."""
-        found = (model for without, model in self._models if torch.equal(without, self.left_out))
+        found = (trial.model for trial in self._tried if torch.equal(trial.without, self.left_out))
         return next(found, self.infected)
 
     def _purified(self, without: Tensor, why: str, times: int) -> tuple[nn.Module, Tensor]:
@@ -157,14 +166,13 @@ class Trials:
         """Purifies with one group of each class that is tried, and the largest of the others; keeps what is better."""
         alone = self.split.group != torch.where(tried, kept, 0)[self.labels]
         without = torch.where(self._seen[self.labels], self.carrying, alone)
-        why = f"with group {kept + 1} alone" if self._models else "without the smaller groups"
+        why = f"with group {kept + 1} alone" if self._tried else "without the smaller groups"
         model, given = self._purified(without, why, 1)
         drop = drop_score(self.before, given, self.labels)
         rest = self._lost(drop, self.labels, ~without, self.classes)
         share = self._by_group(drop, without).amax(1) - torch.where(self.many, rest, 0)
-        better = tried & (share > self._most) if self._models else torch.ones_like(self.many)
-        self._models.append((without, model))
-        self._given.append(given)
+        better = tried & (share > self._most) if self._tried else torch.ones_like(self.many)
+        self._tried.append(Trial(without, model, given))
         self._most, turned = torch.where(better, share, self._most), better[self.labels]
         self.left_out = torch.where(turned, without, self.left_out)
         self.score = torch.where(turned, drop, self.score)
