@@ -138,11 +138,11 @@ def cross_examine(
     convictions): such kinds, too, in a model that knows its data by heart. If one lost little, but its images turn out
     to show what the infected model hadn't guessed (`revealed`), or many classes lost one (`SEVERAL`), or most nearly
     did (`MOST`), or groups of most others show its class (`NAMED`), its link may only be slow to break: it is tried for
-    longer, and judged by that. Half the loss convicts it then where its class is named, and with many such classes, if
-    it is as small a part of its class as theirs are (`ALIKE`). The groups that name a class are trusted again: they
-    carry its trigger under their own label. Groups that were seen to carry a working trigger need no trial. If it works
-    on all classes they aren't trusted again, even where they have their label by right (clean-label poison); if it
-    works on one class, a small fall must bear that out (`LEAST_FALL`).
+    longer, and judged by that; with many such classes half the loss convicts it, if it is as small a part of its class
+    as theirs are (`ALIKE`). Groups that name a class are trusted again: they carry its trigger under their own label;
+    and they say which half of it is poison (`CLEARLY`). Groups that were seen to carry a working trigger need no trial.
+    If it works on all classes they aren't trusted again, even where they have their label by right (clean-label
+    poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
     Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
     would go on teaching the link to what is tried without the groups. So trials do without all whose label the
@@ -170,8 +170,9 @@ def cross_examine(
     trials.settle(names, CLEARLY)
     covers = trials.trust(names >= 0)
     falls = trials.falls()
-    more = _some_more_of_it(falls.amax(1), fallen, trials.part()) | (named & (falls.amax(1) <= fallen))
-    doubted = ((falls > HINT) & (falls <= fallen) & ((trials.revealed() > REVEALED) | more[:, None])).any(1)
+    more = _some_more_of_it(falls.amax(1), fallen, trials.part())
+    slow = more | (named & (falls.amax(1) <= fallen))
+    doubted = ((falls > HINT) & (falls <= fallen) & ((trials.revealed() > REVEALED) | slow[:, None])).any(1)
     if longer == 1:
         doubted = torch.zeros_like(doubted)
     if doubted.any():
