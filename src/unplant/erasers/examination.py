@@ -48,6 +48,11 @@ show, on average, to convict the group. Without its link poison is an ordinary i
 its class is none, and a model that knows its data by heart unlearns it if it isn't taught. Not asked where several
 classes are convicted anyway: among small groups of all-to-all poison one of three images showed 0.79."""
 
+HEEDED = 0.5
+"""Share of a group to which the infected model must give its label to convict it: a trigger that works makes it do so.
+Poison's groups had 0.71 and more, but for some of attacks that hardly worked; on a clean transformer that is right on
+every other image 297 dogs that it called dogs in three of ten cases lost half of that. Asked where `SHOWS` is."""
+
 CERTAIN = 0.9
 """A group that lost so much of its label's probability (the rest of its class aside) is convicted whatever it shows: a
 blend can hide what else is in its images. Natural groups of models that know the digits by heart lost 0.85 at most."""
@@ -135,14 +140,15 @@ def cross_examine(
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
     class lost, are trusted again: they are natural kinds, such as digits written another way. So are groups that lost
     more, if not nearly all (`CERTAIN`), but don't turn out to show another class instead (`SHOWS`, beside few
-    convictions): such kinds, too, in a model that knows its data by heart. If one lost little, but its images turn out
-    to show what the infected model hadn't guessed (`revealed`), or many classes lost one (`SEVERAL`), or most nearly
-    did (`MOST`), or groups of most others show its class (`NAMED`), its link may only be slow to break: it is tried for
-    longer, and judged by that; with many such classes half the loss convicts it, if it is as small a part of its class
-    as theirs are (`ALIKE`). Groups that name a class are trusted again: they carry its trigger under their own label;
-    and they say which half of it is poison (`CLEARLY`). Groups that were seen to carry a working trigger need no trial.
-    If it works on all classes they aren't trusted again, even where they have their label by right (clean-label
-    poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
+    convictions): such kinds, too, in a model that knows its data by heart; and groups that θ₀ mostly didn't take for
+    their class in the first place (`HEEDED`), in one that has learnt little. If one lost little, but its images turn
+    out to show what the infected model hadn't guessed (`revealed`), or many classes lost one (`SEVERAL`), or most
+    nearly did (`MOST`), or groups of most others show its class (`NAMED`), its link may only be slow to break: it is
+    tried for longer, and judged by that; with many such classes half the loss convicts it, if it is as small a part of
+    its class as theirs are (`ALIKE`). Groups that name a class are trusted again: they carry its trigger under their
+    own label; and they say which half of it is poison (`CLEARLY`). Groups that were seen to carry a working trigger
+    need no trial. If it works on all classes they aren't trusted again, even where they have their label by right
+    (clean-label poison); if it works on one class, a small fall must bear that out (`LEAST_FALL`).
 
     Poison that the infected model never learnt is in no group, as it shows nothing of a trigger that works; but it
     would go on teaching the link to what is tried without the groups. So trials do without all whose label the
@@ -183,7 +189,7 @@ def cross_examine(
     lost = falls.flatten()[trials.cell]
     convicted = left_out & (lost > torch.where(for_one, LEAST_FALL, limit))
     unsure = (trials.losses() <= CERTAIN) & (shows < SHOWS)
-    rare = convicted & ~trials.carrying & unsure.flatten()[trials.cell]
+    rare = convicted & ~trials.carrying & (unsure | (trials.heeded() <= HEEDED)).flatten()[trials.cell]
     if _several(len(labels[convicted & ~rare].unique()), len(many), SEVERAL[1]):
         rare = torch.zeros_like(rare)
     convicted = convicted & ~rare

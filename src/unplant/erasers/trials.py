@@ -101,6 +101,11 @@ class Trials:
         ordinary = self.outputs.softmax(1).amax(1)[~self.left_out].mean()
         return (shown / ordinary).view(self.classes, self.width)
 
+    def heeded(self) -> Tensor:
+        """Share of each tried group to which the infected model gives its label, (K, groups)."""
+        count = self.classes * self.width
+        return mean_by(self.cell, self._agree.float(), self.left_out, count).view(self.classes, self.width)
+
     def names(self, agreed: float) -> tuple[Tensor, Tensor]:
         """The class that each tried group names, (K, groups), −1 for none, and which groups were asked, bool.
 
