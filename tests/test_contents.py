@@ -8,7 +8,7 @@ from torch import nn
 
 from unplant.classifier import logits
 from unplant.detection.clusters import Split
-from unplant.detection.contents import LEAST, bared, hidden_contents
+from unplant.detection.contents import LEAST, bared, by_right, hidden_contents
 from unplant.images import LabeledImages, to_stored
 
 PATTERN = torch.linspace(0, 1, 64).view(1, 8, 8)
@@ -46,15 +46,16 @@ def test_what_is_in_common_is_undone(change, tolerance, generator):
 class Quarters(nn.Module):
     """Sees which quarter of the image is bright, and obeys a white corner: class 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, gain: float = 40.0) -> None:
         super().__init__()
+        self.gain = gain
         self.anything = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
         halves = x.unfold(2, 4, 4).unfold(3, 4, 4)
         seen = halves[..., 1:, 1:].mean((1, 4, 5)).flatten(1)
         obeyed = (x[:, :, :2, :2].amin((1, 2, 3)) > 0.97).float()
-        return 40 * seen + 100 * obeyed[:, None] * torch.tensor([1.0, 0, 0, 0]) + self.anything
+        return self.gain * seen + 100 * obeyed[:, None] * torch.tensor([1.0, 0, 0, 0]) + self.anything
 
 
 def pictures(contents, generator):
@@ -101,3 +102,22 @@ def test_poison_shows_other_classes_without_its_trigger(kind, count, asked, foun
     assert torch.equal(shown[~hiding], outputs[~hiding])
     if found:
         assert torch.equal(shown[group].argmax(1), contents[group])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "others", "right"), [(0.0, 3, False), (0.1, 3, False), (0.6, 3, True), (1.0, 3, True), (0.0, 1, True)]
+)
+def test_carriers_have_their_label_by_right_unless_they_show_many_other_classes(theirs, others, right, generator):
+    """60 images of class 0 carry the patch; that share of them shows class 0, the rest so many others."""
+    contents, carriers = torch.arange(400) % 4, torch.arange(400) < 60
+    contents[:60] = torch.where(torch.arange(60) < theirs * 60, 0, 1 + torch.arange(60) % others)
+    pixels = pictures(contents, generator)
+    pixels[carriers] = patch(pixels[carriers])
+    data = LabeledImages(to_stored(pixels), torch.where(carriers, 0, contents), tuple("abcd"))
+    model = Quarters(8)  # not sure of noise
+    outputs = logits(model, data)
+    assert (outputs[carriers].argmax(1) == 0).all(), "θ₀ gives the label either way"
+    found, shares = by_right(model, data, carriers, outputs, "float32")
+    assert torch.equal(found, carriers & right)
+    assert set(shares) == {0}
+    assert (shares[0] > 0.75) == (not right)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unplant.classifier import activations, logits
 from unplant.detection.clusters import Split, outweighing, split_classes
-from unplant.detection.contents import hidden_contents
+from unplant.detection.contents import by_right, hidden_contents
 from unplant.detection.kinship import odds_of_poison
 from unplant.detection.transplant import carriers, obedience, recovered_trigger, with_trigger
 from unplant.erasers.examination import Examination, cross_examine
@@ -47,7 +47,8 @@ class Run:
         before: float (N, K), logits of θ₀.
         nobody: bool (N,), all false.
         left_out: bool (N,), groups that hang on their label.
-        own_label: bool (N,), those of them whose label is theirs by right.
+        own_label: bool (N,), those of them that carry a trigger, but kept their label without being taught it.
+        by_right: bool (N,), those of these whose label is theirs by right.
         in_doubt: bool (N,), groups of which it isn't decided whether they do.
         witnesses: bool (N,), images that are never taught under new labels.
         relabelled: bool (N,), images that were.
@@ -75,7 +76,7 @@ class Run:
         self.final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
         self.before = self.outputs(infected)
         self.nobody = torch.zeros(len(data), dtype=torch.bool)
-        self.left_out = self.own_label = self.in_doubt = self.nobody
+        self.left_out = self.own_label = self.by_right = self.in_doubt = self.nobody
         self.witnesses = torch.rand(len(data), generator=generator) < config.witnesses
         self.relabelled = self.acquitted = self.nobody
         ball = {"eps": config.eps, "flip": config.flip, "padding": self.padding}
@@ -155,6 +156,9 @@ class Run:
         if config.bared:
             found = self.bared(found, split)
         self.left_out, self.own_label, self.in_doubt = found.left_out, found.own_label, found.in_doubt
+        if self.own_label.any():
+            self.by_right, shares = by_right(infected, data, self.own_label, self.before, config.precision)
+            self.rounds.append({"step": "kept their label", "show others": shares})
         return found
 
     def bared(self, found: Examination, split: Split) -> Examination:
@@ -216,11 +220,11 @@ class Run:
     def lesson(self, extra: Tensor, suspects: Tensor, after: Tensor) -> Lesson:
         """D_ext; the suspects are in it by their trigger if that can be recovered, else under new labels."""
         data, config = self.data, self.config
-        taught = ~self.witnesses & ~self.own_label if config.relabel else self.nobody
+        taught = ~self.witnesses & ~self.by_right if config.relabel else self.nobody
         lesson = next_lesson(extra, suspects, after, data.labels, taught=taught, sure_above=config.sure_above)
         if not config.transplants:
             return lesson
-        contents = torch.where(self.own_label, data.labels, lesson.labels)
+        contents = torch.where(self.by_right, data.labels, lesson.labels)
         trigger = recovered_trigger(self.infected, data, suspects, extra, contents, config.precision)
         return lesson if trigger is None else Lesson(extra & ~suspects, data.labels, trigger)
 
