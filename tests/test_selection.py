@@ -586,13 +586,17 @@ def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, t
     assert found.to_json(labels)["shows"][0] == pytest.approx(expected, abs=0.001)
 
 
-@pytest.mark.parametrize(("heeded", "carrying", "trusted"), [(2, False, True), (3, False, False), (2, True, False)])
-def test_a_group_that_the_infected_model_took_for_another_class_is_trusted_again(heeded, carrying, trusted):
+@pytest.mark.parametrize(
+    ("heeded", "kept", "carrying", "trusted"),
+    [(2, 0.08, False, True), (3, 0.08, False, False), (2, 0.08, True, False), (2, 0.005, False, False)],
+    ids=["disobeyed", "obeyed", "carries a trigger", "lost all"],
+)
+def test_a_group_that_the_infected_model_took_for_another_class_is_trusted_again(heeded, kept, carrying, trusted):
     """Hard images of a net that has learnt little, as of a transformer: no trigger made it say their label."""
     labels, hard = torch.arange(4).repeat_interleave(25), torch.arange(100) < 5
     said = torch.where(hard & (torch.arange(100) >= heeded), 1, labels)
     before = torch.full((100, 4), 0.2).scatter(1, said[:, None], 0.4)
-    given = torch.where(hard[:, None], torch.tensor([[0.02, 0.9, 0.04, 0.04]]), before)
+    given = torch.where(hard[:, None], torch.tensor([[kept, 0.96 - kept, 0.02, 0.02]]), before)
     split = Split(hard.long(), torch.ones(4), torch.tensor([2, 1, 1, 1]), torch.tensor([0.2, 0.0, 0.0, 0.0]))
     none = torch.zeros(100, dtype=torch.bool)
     found = cross_examine(

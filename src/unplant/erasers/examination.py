@@ -50,8 +50,9 @@ classes are convicted anyway: among small groups of all-to-all poison one of thr
 
 HEEDED = 0.5
 """Share of a group to which the infected model must give its label to convict it: a trigger that works makes it do so.
-Poison's groups had 0.71 and more, but for some of attacks that hardly worked; on a clean transformer that is right on
-every other image 297 dogs that it called dogs in three of ten cases lost half of that. Asked where `SHOWS` is."""
+Poison's groups had 0.71 and more, but for attacks that hardly worked (most of those lost nearly all, see `CERTAIN`); on
+a clean transformer that is right on every other image 297 dogs that it called dogs in three of ten cases lost half of
+that. Asked where `SHOWS` is."""
 
 CERTAIN = 0.9
 """A group that lost so much of its label's probability (the rest of its class aside) is convicted whatever it shows: a
@@ -140,7 +141,7 @@ def cross_examine(
     In the end, groups that lost less than a share `fallen` of their label's probability, beyond what the rest of their
     class lost, are trusted again: they are natural kinds, such as digits written another way. So are groups that lost
     more, if not nearly all (`CERTAIN`), but don't turn out to show another class instead (`SHOWS`, beside few
-    convictions): such kinds, too, in a model that knows its data by heart; and groups that θ₀ mostly didn't take for
+    convictions): such kinds, too, in a model that knows its data by heart; and those that θ₀ mostly didn't take for
     their class in the first place (`HEEDED`), in one that has learnt little. If one lost little, but its images turn
     out to show what the infected model hadn't guessed (`revealed`), or many classes lost one (`SEVERAL`), or most
     nearly did (`MOST`), or groups of most others show its class (`NAMED`), its link may only be slow to break: it is
@@ -188,8 +189,8 @@ def cross_examine(
     limit = torch.where(doubted & more, fallen / 2, fallen)[labels]
     lost = falls.flatten()[trials.cell]
     convicted = left_out & (lost > torch.where(for_one, LEAST_FALL, limit))
-    unsure = (trials.losses() <= CERTAIN) & (shows < SHOWS)
-    rare = convicted & ~trials.carrying & (unsure | (trials.heeded() <= HEEDED)).flatten()[trials.cell]
+    natural = (trials.losses() <= CERTAIN) & ((shows < SHOWS) | (trials.heeded() <= HEEDED))
+    rare = convicted & ~trials.carrying & natural.flatten()[trials.cell]
     if _several(len(labels[convicted & ~rare].unique()), len(many), SEVERAL[1]):
         rare = torch.zeros_like(rare)
     convicted = convicted & ~rare
