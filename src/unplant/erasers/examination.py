@@ -50,7 +50,7 @@ classes are convicted anyway: among small groups of all-to-all poison one of thr
 
 HEEDED = 0.5
 """Share of a group to which the infected model must give its label to convict it: a trigger that works makes it do so.
-Poison's groups had 0.71 and more, but for attacks that hardly worked (most of those lost nearly all, see `CERTAIN`); on
+Poison's groups had 0.70 and more, but for attacks that hardly worked (most of those lost nearly all, see `CERTAIN`); on
 a clean transformer that is right on every other image 297 dogs that it called dogs in three of ten cases lost half of
 that. Asked where `SHOWS` is."""
 
