@@ -234,7 +234,7 @@ def test_clean_data_means_aft(workshop, tmp_path, capsys):
 def test_images_in_doubt_are_told_of_listed_and_shown(workshop, tmp_path, capsys, monkeypatch):
     """Where nobody is convicted, too."""
 
-    def doubtful(split, carrying, infected, before, labels, purify, **settings):
+    def doubtful(split, carrying, infected, before, labels, purify, many, config):
         nobody, few = torch.zeros(len(labels), dtype=torch.bool), torch.zeros(10)
         score = torch.linspace(0, 0.49, len(labels))
         return Examination(nobody, score, before, infected, few, few, nobody, few > 0, few > 0, nobody, labels == 3)

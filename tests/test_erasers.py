@@ -58,7 +58,7 @@ def test_pbe_reports_the_classes_that_its_examination_left_in_doubt(monkeypatch)
     data = noise(count=200)
     model = network(data)
 
-    def doubtful(split, carrying, infected, before, labels, purify, **settings):
+    def doubtful(split, carrying, infected, before, labels, purify, many, config):
         nobody = torch.zeros(len(labels), dtype=torch.bool)
         few, doubted = torch.zeros(4), (labels == 2) & (torch.arange(200) < 40)
         classes, score = few > 0, torch.arange(200) / 200
@@ -70,6 +70,27 @@ def test_pbe_reports_the_classes_that_its_examination_left_in_doubt(monkeypatch)
     assert (erasure.findings.infected, erasure.findings.in_doubt) == (False, (2,))
     assert erasure.ranked_in_doubt().tolist() == [i for i in reversed(range(40)) if data.labels[i] == 2]
     assert len(erasure.ranked()) == 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_carriers_that_kept_their_label_have_it_by_right_unless_they_are_asked(asked, monkeypatch):
+    """Here each of them would say that it hasn't."""
+    data = noise(count=80)
+    carriers = torch.arange(80) < 20
+    nobody, few = torch.zeros(80, dtype=torch.bool), torch.zeros(4)
+
+    def found(split, carrying, infected, before, labels, purify, many, config):
+        score, none = torch.zeros(80), few > 0
+        return Examination(carriers, score, before, infected, few, few, carriers, none, none, nobody, nobody)
+
+    monkeypatch.setattr("unplant.erasers.pbe_run.cross_examine", found)
+    monkeypatch.setattr("unplant.erasers.pbe_run.by_right", lambda *_: (nobody, {0: 0.9}))
+    config = erasers["pbe"].configure(batch_size=16, bared=False, by_right=asked)
+    state = Run(network(data), data, config, torch.Generator().manual_seed(0), None)
+    state.examine()
+    assert torch.equal(state.own_label, carriers)
+    assert torch.equal(state.by_right, nobody if asked else carriers)
+    assert ("kept their label" in [entry["step"] for entry in state.rounds]) == asked
 
 
 def test_pbe_gives_back_the_model_as_it_was_if_all_are_cleared():

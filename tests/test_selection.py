@@ -8,7 +8,7 @@ from torch import nn
 
 from unplant.detection.clusters import Split, outweighing, split_classes
 from unplant.erasers.aft import AFTConfig
-from unplant.erasers.examination import cross_examine
+from unplant.erasers.examination import ExaminationConfig, cross_examine
 from unplant.erasers.selection import (
     below,
     cosine_score,
@@ -33,8 +33,10 @@ def outputs(generator):
     return torch.randn(2, 20, 5, generator=generator) * 3
 
 
-def limits(split):
-    return {"balanced": 0.25, "many": torch.zeros(len(split.count), dtype=torch.bool), "fallen": 0.5}
+def limits(split, *, longer=1, believed=False, **settings):
+    """What is asked of a group: the defaults, but for what costs more trials."""
+    config = ExaminationConfig(longer=longer, believed=believed, **settings)
+    return {"many": torch.zeros(len(split.count), dtype=torch.bool), "config": config}
 
 
 def nobody(count):
@@ -296,7 +298,7 @@ def test_each_of_many_groups_is_judged_by_itself(poison):
         return nn.Identity(), torch.stack([chance, 1 - chance], 1).log().where(labels[:, None] == 0, sure)
 
     split = Split(group, torch.ones(2), torch.tensor([3, 1]), torch.tensor([0.6, 0.0]))
-    settings = {"balanced": 0.25, "many": torch.tensor([True, False]), "fallen": 0.5}
+    settings = limits(split) | {"many": torch.tensor([True, False])}
     found = cross_examine(split, nobody(165), nn.Identity(), sure, labels, purify, **settings)
     assert torch.equal(found.left_out, poisoned)
     assert float(found.fall[0]) > 0.9 if poison else float(found.fall[0]) < 0.1
@@ -395,7 +397,7 @@ def test_a_group_whose_contents_come_to_light_is_tried_for_longer(shows, lost_la
         return models[-1], torch.where(poisoned[:, None], chances, rest)
 
     split = Split(poisoned.long(), torch.ones(3), torch.tensor([2, 1, 1]), torch.tensor([0.22, 0.0, 0.0]))
-    found = cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split), longer=6)
+    found = cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split, longer=6))
     assert [times for _, times in calls] == ([1, 6] if tried_again else [1])
     assert all(torch.equal(part, ~poisoned) for part, _ in calls)
     assert torch.equal(found.left_out, poisoned if stays_out else nobody(100)[0])
@@ -403,7 +405,7 @@ def test_a_group_whose_contents_come_to_light_is_tried_for_longer(shows, lost_la
     if stays_out:
         assert found.start is models[-1]
     calls.clear()
-    cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split), longer=1)
+    cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split, longer=1))
     assert len(calls) == 1
 
 
@@ -442,7 +444,7 @@ def test_where_several_classes_are_convicted_half_a_longer_fall_convicts_others(
         return nn.Identity(), outputs(torch.where(small, fall, 0.0))
 
     split = Split(small.long(), torch.ones(classes), torch.full((classes,), 2), torch.full((classes,), 0.2))
-    found = cross_examine(split, nobody(count), nn.Identity(), sure.log(), labels, purify, **limits(split), longer=6)
+    found = cross_examine(split, nobody(count), nn.Identity(), sure.log(), labels, purify, **limits(split, longer=6))
     assert calls == ([1, 6] if tried_again else [1])
     others = list(range(convicted, classes))
     assert torch.equal(found.left_out, small & ((labels < convicted) | (tried_again and later > 0.25)))
@@ -450,6 +452,11 @@ def test_where_several_classes_are_convicted_half_a_longer_fall_convicts_others(
     assert said["longer"] == (others if tried_again else [])
     doubted = (others if later == 0.2 else []) if tried_again else others[:nearly]
     assert said["in_doubt"] == doubted, "0.7 of the half, or of its half"
+    calls.clear()
+    alone = limits(split, longer=6, several=False)
+    found = cross_examine(split, nobody(count), nn.Identity(), sure.log(), labels, purify, **alone)
+    assert calls == [1]
+    assert torch.equal(found.left_out, small & (labels < convicted))
 
 
 @pytest.mark.parametrize("later", [0.6, 0.45])
@@ -479,10 +486,15 @@ def test_a_group_of_a_class_that_the_groups_of_others_name_is_tried_for_longer(
         return nn.Identity(), (sure - fall * sure * mine + fall * 0.96 * second).log()
 
     split = Split(small.long(), torch.ones(6), torch.full((6,), 2), torch.full((6,), 0.2))
-    found = cross_examine(split, nobody(150), nn.Identity(), sure.log(), labels, purify, **limits(split), longer=6)
+    found = cross_examine(split, nobody(150), nn.Identity(), sure.log(), labels, purify, **limits(split, longer=6))
     assert calls == ([1, 6] if tried_again else [1])
     assert found.to_json(labels)["named"] == ([0] if min(witnesses, agreed) >= 4 else [])
     assert torch.equal(found.left_out, small & (labels == 0) & (tried_again and later == 0.6))
+    calls.clear()
+    unheard = limits(split, longer=6, named=False)
+    found = cross_examine(split, nobody(150), nn.Identity(), sure.log(), labels, purify, **unheard)
+    assert calls == [1]
+    assert not found.left_out.any()
 
 
 @pytest.mark.parametrize("witnesses", [4, 2])
@@ -549,8 +561,8 @@ def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of
         return nn.Identity(), (sure - fall * sure * mine + fall * 0.96 * before_it).log()
 
     split = Split(small.long(), torch.ones(5), torch.full((5,), 2), torch.tensor([0.2] * 4 + [size / 25]))
-    settings = limits(split) | {"balanced": 0.5}
-    found = cross_examine(split, nobody(125), nn.Identity(), sure.log(), labels, purify, **settings, longer=6)
+    settings = limits(split, balanced=0.5, longer=6)
+    found = cross_examine(split, nobody(125), nn.Identity(), sure.log(), labels, purify, **settings)
     assert calls == ([1, 6] if alike else [1])
     assert torch.equal(found.left_out, small & ((labels < 4) | alike))
     assert labels[found.in_doubt].unique().tolist() == ([] if alike else [4])
@@ -561,8 +573,8 @@ def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of
     [((0.2, 0.4, 0.2, 0.2), True), ((0.2, 0.75, 0.03, 0.02), False), ((0.05, 0.45, 0.3, 0.2), False)],
     ids=["a rare kind", "shows another class", "lost all"],
 )
-@pytest.mark.parametrize("carrying", [False, True])
-def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, trusted, carrying):
+@pytest.mark.parametrize(("carrying", "asked"), [(False, True), (True, True), (False, False)])
+def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, trusted, carrying, asked):
     """A rare kind that a net knew by heart, as measured on the digits: it loses its label, and shows no other class."""
     labels, rare = torch.arange(4).repeat_interleave(25), torch.arange(100) < 5
     sure = torch.full((100, 4), 0.01).scatter(1, labels[:, None], 0.97)
@@ -576,9 +588,9 @@ def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, t
         sure.log(),
         labels,
         lambda part, why, times: (nn.Identity(), given),
-        **limits(split),
+        **limits(split, shows=asked),
     )
-    trusted = trusted and not carrying
+    trusted = trusted and asked and not carrying
     assert torch.equal(found.left_out, none if trusted else rare)
     assert torch.equal(found.in_doubt, rare if trusted else none)
     assert (found.score[rare] == 0).all() == trusted, "what wasn't taught isn't suspect for being unlearnt"
@@ -587,11 +599,16 @@ def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, t
 
 
 @pytest.mark.parametrize(
-    ("heeded", "kept", "carrying", "trusted"),
-    [(2, 0.08, False, True), (3, 0.08, False, False), (2, 0.08, True, False), (2, 0.005, False, False)],
-    ids=["disobeyed", "obeyed", "carries a trigger", "lost all"],
+    ("heeded", "kept", "carrying", "asked", "trusted"),
+    [
+        *[(2, 0.08, False, True, True), (3, 0.08, False, True, False), (2, 0.08, True, True, False)],
+        *[(2, 0.005, False, True, False), (2, 0.08, False, False, False)],
+    ],
+    ids=["disobeyed", "obeyed", "carries a trigger", "lost all", "not asked"],
 )
-def test_a_group_that_the_infected_model_took_for_another_class_is_trusted_again(heeded, kept, carrying, trusted):
+def test_a_group_that_the_infected_model_took_for_another_class_is_trusted_again(
+    heeded, kept, carrying, asked, trusted
+):
     """Hard images of a net that has learnt little, as of a transformer: no trigger made it say their label."""
     labels, hard = torch.arange(4).repeat_interleave(25), torch.arange(100) < 5
     said = torch.where(hard & (torch.arange(100) >= heeded), 1, labels)
@@ -606,15 +623,15 @@ def test_a_group_that_the_infected_model_took_for_another_class_is_trusted_again
         before.log(),
         labels,
         lambda part, why, times: (nn.Identity(), given.log()),
-        **limits(split),
+        **limits(split, heeded=asked),
     )
     assert torch.equal(found.left_out, none if trusted else hard)
     assert torch.equal(found.in_doubt, hard if trusted else none)
     assert (found.score[hard] == 0).all() == trusted
 
 
-@pytest.mark.parametrize(("others", "trusted"), [(2, True), (3, False)])
-def test_where_several_classes_are_convicted_nobody_is_asked_what_he_shows(others, trusted):
+@pytest.mark.parametrize(("others", "several", "trusted"), [(2, True, True), (3, True, False), (3, False, True)])
+def test_where_several_classes_are_convicted_nobody_is_asked_what_he_shows(others, several, trusted):
     """All-to-all poison: a group of a few images can show little by chance (0.79 of three, on the digits)."""
     labels, small = torch.arange(5).repeat_interleave(20), torch.arange(100) % 20 < 4
     sure = torch.full((100, 5), 0.009).scatter(1, labels[:, None], 0.96).scatter(1, (labels[:, None] + 1) % 5, 0.013)
@@ -627,7 +644,9 @@ def test_where_several_classes_are_convicted_nobody_is_asked_what_he_shows(other
     def purify(part, why, times):
         return nn.Identity(), given
 
-    found = cross_examine(split, nobody(100), nn.Identity(), sure.log(), labels, purify, **limits(split))
+    found = cross_examine(
+        split, nobody(100), nn.Identity(), sure.log(), labels, purify, **limits(split, several=several)
+    )
     assert torch.equal(found.left_out, small & ((labels < others) | ((labels == 4) & (not trusted))))
     assert torch.equal(found.in_doubt, small & (labels == 4) & trusted)
 
@@ -665,7 +684,7 @@ def test_trials_are_taught_only_what_the_infected_model_gives_its_label(share_be
 
     split = Split(small.long(), torch.ones(2), torch.tensor([2, 1]), torch.tensor([0.2, 0.0]))
     for asked in (False, True):
-        cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split), believed=asked)
+        cross_examine(split, nobody(100), nn.Identity(), before, labels, purify, **limits(split, believed=asked))
     assert torch.equal(taught[0], ~small)
     assert torch.equal(taught[1], ~small & believed if share_believed == 0.3 else ~small)
 
@@ -694,7 +713,7 @@ def test_which_groups_are_tried():
         tried.append(kept)
         return nn.Identity(), out
 
-    settings = {"balanced": 0.25, "many": many, "fallen": 0.5}
+    settings = limits(split) | {"many": many}
     found = cross_examine(split, nobody(70), nn.Identity(), out, labels, purify, **settings)
     assert tried == [[[0], [0], [0]], [[0], [1], [0]], [[1], [0], [0]], [[2], [0], [0]]]
     assert not found.left_out.any()

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.detection.clusters import Split
 from unplant.erasers.trials import Purify, Trials
+from unplant.params import Config, Share
 
 LEAST_FALL = 0.1
 """Share of its label's probability that a group whose trigger works on one class must lose. On CIFAR-10 all-to-all
@@ -68,6 +70,35 @@ lost nothing. The most in 86 runs on clean models was 1.2; 11 of 16 runs that co
 had more in the target class (in 8 it had lost nearly enough, in 14 either)."""
 
 
+class ExaminationConfig(Config):
+    """Settings of the cross-examination."""
+
+    balanced: Share = Field(
+        default=0.25, description="clusters: share outside of the largest group from which each is tried"
+    )
+    fallen: Share = Field(
+        default=0.5, description="clusters: share of its label's probability that a group must lose to stay out"
+    )
+    longer: int = Field(
+        default=6, ge=1, le=100, description="clusters: times as long a group in doubt is tried again; 1: not at all"
+    )
+    believed: bool = Field(
+        default=True, description="clusters: trials are taught only images whose label the infected model gives"
+    )
+    shows: bool = Field(
+        default=True, description="clusters: a group that fell must turn out to show another class, or is trusted again"
+    )
+    heeded: bool = Field(
+        default=True, description="clusters: and the infected model must give most of it its label, or it is, too"
+    )
+    several: bool = Field(
+        default=True, description="clusters: where many classes lose a group, or nearly, others are judged by half"
+    )
+    named: bool = Field(
+        default=True, description="clusters: groups of most classes that show the same one testify against it"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Examination:
     """What the cross-examination of the clusters found.
@@ -123,12 +154,8 @@ def cross_examine(
     before: Tensor,
     labels: Tensor,
     purify: Purify,
-    *,
-    balanced: float,
     many: Tensor,
-    fallen: float,
-    longer: int = 1,
-    believed: bool = False,
+    config: ExaminationConfig,
 ) -> Examination:
     """Finds, in each class, the groups of images that need a link to be recognised.
 
@@ -162,36 +189,34 @@ def cross_examine(
         before: float (N, K), its logits.
         labels: int64 (N,).
         purify: Steps 1 and 2 from θ₀.
-        balanced: share of a class outside of its largest group from which the other group is tried, too.
         many: bool (K,), classes that outweigh the others: poison may be most of them.
-        fallen: share of its label's probability that a group must lose, beyond the rest of its class, to stay out.
-        longer: times as long a group in doubt is tried once more; 1: not at all.
-        believed: trials are taught only images to which θ₀ gives their label, if these are enough.
+        config: settings.
     """
     everywhere, for_one = carrying
-    trials = Trials(split, everywhere | for_one, infected, before, labels, many, purify, believed=believed)
-    trials.run(balanced=balanced)
+    fallen = config.fallen
+    trials = Trials(split, everywhere | for_one, infected, before, labels, many, purify, believed=config.believed)
+    trials.run(balanced=config.balanced)
     names, asked = trials.names(NAMED[0])
-    named = _named(names, asked)
+    named = _named(names, asked) & config.named
     names = names.masked_fill(~named[names], -1)
     trials.settle(names, CLEARLY)
     covers = trials.trust(names >= 0)
     falls = trials.falls()
-    more = _some_more_of_it(falls.amax(1), fallen, trials.part())
+    more = _some_more_of_it(falls.amax(1), fallen, trials.part()) & config.several
     slow = more | (named & (falls.amax(1) <= fallen))
     doubted = ((falls > HINT) & (falls <= fallen) & ((trials.revealed() > REVEALED) | slow[:, None])).any(1)
-    if longer == 1:
+    if config.longer == 1:
         doubted = torch.zeros_like(doubted)
     if doubted.any():
-        trials.run_again(doubted, longer)
+        trials.run_again(doubted, config.longer)
 
     falls, shows, left_out = trials.falls(), trials.shows(), trials.left_out
     limit = torch.where(doubted & more, fallen / 2, fallen)[labels]
     lost = falls.flatten()[trials.cell]
     convicted = left_out & (lost > torch.where(for_one, LEAST_FALL, limit))
-    natural = (trials.losses() <= CERTAIN) & ((shows < SHOWS) | (trials.heeded() <= HEEDED))
-    rare = convicted & ~trials.carrying & natural.flatten()[trials.cell]
-    if _several(len(labels[convicted & ~rare].unique()), len(many), SEVERAL[1]):
+    natural = (config.shows & (shows < SHOWS)) | (config.heeded & (trials.heeded() <= HEEDED))
+    rare = convicted & ~trials.carrying & (natural & (trials.losses() <= CERTAIN)).flatten()[trials.cell]
+    if config.several and _several(len(labels[convicted & ~rare].unique()), len(many), SEVERAL[1]):
         rare = torch.zeros_like(rare)
     convicted = convicted & ~rare
     out = convicted | everywhere

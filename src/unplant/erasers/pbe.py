@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from unplant.erasers.base import Method, erasers
+from unplant.erasers.examination import ExaminationConfig
 from unplant.erasers.pbe_run import Run
 from unplant.erasers.selection import SCORES, Lesson, least_suspicious, random_part
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball
@@ -21,8 +22,8 @@ from unplant.params import Real, Share
 from unplant.results import Erasure, Progress
 
 
-class PBEConfig(AdversarialConfig):
-    """Settings of PBE; those of Steps 1 and 2 are among them."""
+class PBEConfig(ExaminationConfig, AdversarialConfig):
+    """Settings of PBE; those of Steps 1 and 2, and of the cross-examination, are among them."""
 
     padding: int | None = Field(
         default=None,
@@ -44,23 +45,14 @@ class PBEConfig(AdversarialConfig):
     least_gain: Real = Field(
         default=0.125, ge=0, description="clusters: nats an image from which a class is split in two"
     )
-    balanced: Share = Field(
-        default=0.25, description="clusters: share outside of the largest group from which each is tried"
-    )
     outweighs: Real = Field(
         default=3.0, ge=1, description="clusters: times the median class's images from which up to 5 groups are tried"
     )
-    fallen: Share = Field(
-        default=0.5, description="clusters: share of its label's probability that a group must lose to stay out"
-    )
-    longer: int = Field(
-        default=6, ge=1, le=100, description="clusters: times as long a group in doubt is tried again; 1: not at all"
-    )
-    believed: bool = Field(
-        default=True, description="clusters: trials are taught only images whose label the infected model gives"
-    )
     bared: bool = Field(
         default=True, description="clusters: ask what groups that nobody convicts show without what they have in common"
+    )
+    by_right: bool = Field(
+        default=True, description="clusters: and groups that carry a trigger and kept their label, if it is by right"
     )
     score: Literal["drop", "cosine"] = Field(
         default="drop", description="Step 3: of the label's probability, or of the logits"

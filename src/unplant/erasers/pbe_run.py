@@ -139,24 +139,13 @@ class Run:
             carrying = carriers(infected, data, split, self.before, config.precision)
         carried = torch.bincount(data.labels[carrying[0] | carrying[1]], minlength=data.num_classes)
         self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
-        found = cross_examine(
-            split,
-            carrying,
-            infected,
-            self.before,
-            data.labels,
-            purify,
-            balanced=config.balanced,
-            many=many,
-            fallen=config.fallen,
-            longer=config.longer,
-            believed=config.believed,
-        )
+        found = cross_examine(split, carrying, infected, self.before, data.labels, purify, many, config)
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
         if config.bared:
             found = self.bared(found, split)
         self.left_out, self.own_label, self.in_doubt = found.left_out, found.own_label, found.in_doubt
-        if self.own_label.any():
+        self.by_right = self.own_label
+        if config.by_right and self.own_label.any():
             self.by_right, shares = by_right(infected, data, self.own_label, self.before, config.precision)
             self.rounds.append({"step": "kept their label", "show others": shares})
         return found
