@@ -9,11 +9,13 @@ Only cells whose attack worked (ASR at least 80 %) count.
 """
 
 import time
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
 import torch
 from cells import (
+    Infected,
     defence_seed_of,
     eraser_of,
     eraser_options,
@@ -26,7 +28,10 @@ from cells import (
     test_part,
 )
 
+from unplant.erasers import EraserConfig
+from unplant.erasers.base import Method
 from unplant.evaluation import evaluate, suspect_quality
+from unplant.images import LabeledImages
 from unplant.poisoning import Attack
 from unplant.runs import environment
 
@@ -43,28 +48,9 @@ def main() -> None:
 
     def measure(name: str, attack: Attack | None) -> dict[str, Any]:
         it = infected_by(here, attack, args.suspect_images)
-        model, data, poisoned, known = lengthened(it.model, args.lengthen), it.data, it.poisoned, it.attack
-        start = time.monotonic()
-        erasure = method.run(model, data, config, generator=torch.Generator().manual_seed(defence_seed))
-        row = {
-            "cell": name,
-            "label": label,
-            **here.to_json(),
-            "defence_seed": defence_seed,
-            "suspect_images": len(data),
-            "lengthened": args.lengthen,
-            "attack": known.to_json(weights=False) if known else None,
-            "eraser": {"method": args.method, **config.model_dump(mode="json")},
-            "before": evaluate(model, test, known).to_json(),
-            "after": evaluate(erasure.model, test, known).to_json(),
-            "suspects": suspect_quality(erasure, poisoned),
-            "findings": erasure.findings.to_json() if erasure.findings else None,
-            "rounds": erasure.rounds,
-            "poison_in_extra_sets": [int((part & poisoned).sum()) for part in erasure.extra_sets],
-            "passes": sum(step.get("passes", 0) for step in erasure.rounds),
-            "seconds": round(time.monotonic() - start),
-            "environment": environment(),
-        }
+        it = replace(it, model=lengthened(it.model, args.lengthen))
+        row = measured(it, test, method, config, defence_seed)
+        row = {"cell": name, "label": label, **here.to_json(), "lengthened": args.lengthen, **row}
         print(line_of(row), flush=True)
         return row
 
@@ -75,6 +61,29 @@ def main() -> None:
         measure,
     )
     print("\n".join(table([row for row in rows if row["label"] == label])))
+
+
+def measured(
+    it: Infected, test: LabeledImages, method: Method, config: EraserConfig, defence_seed: int
+) -> dict[str, Any]:
+    """Erases, and says what came of it: the part of a result line that an eraser decides."""
+    start = time.monotonic()
+    erasure = method.run(it.model, it.data, config, generator=torch.Generator().manual_seed(defence_seed))
+    return {
+        "defence_seed": defence_seed,
+        "suspect_images": len(it.data),
+        "attack": it.attack.to_json(weights=False) if it.attack else None,
+        "eraser": {"method": method.name, **config.model_dump(mode="json")},
+        "before": evaluate(it.model, test, it.attack).to_json(),
+        "after": evaluate(erasure.model, test, it.attack).to_json(),
+        "suspects": suspect_quality(erasure, it.poisoned),
+        "findings": erasure.findings.to_json() if erasure.findings else None,
+        "rounds": erasure.rounds,
+        "poison_in_extra_sets": [int((part & it.poisoned).sum()) for part in erasure.extra_sets],
+        "passes": sum(step.get("passes", 0) for step in erasure.rounds),
+        "seconds": round(time.monotonic() - start),
+        "environment": environment(),
+    }
 
 
 def passes(row: dict[str, Any]) -> bool | None:
