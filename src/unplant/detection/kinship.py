@@ -50,9 +50,8 @@ def odds_of_poison(
             seen = (features[:, spread > 1e-6] / spread[spread > 1e-6]).double()
             if not seen.shape[1]:
                 continue
-            discriminant = CalibratedClassifierCV(
-                LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), cv=FOLDS, ensemble=False
-            )
+            plain = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+            discriminant = CalibratedClassifierCV(plain, cv=FOLDS, ensemble=False)  # type: ignore[arg-type]
             discriminant.fit(seen[known[mine]].numpy(), suspects[known].numpy())
             chance = torch.from_numpy(discriminant.predict_proba(seen[here[mine]].numpy())[:, 1])
             opinions.append(torch.logit(chance, eps=1e-6))
