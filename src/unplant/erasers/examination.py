@@ -89,7 +89,7 @@ class ExaminationConfig(Config):
         default=True, description="clusters: a group that fell must turn out to show another class, or is trusted again"
     )
     heeded: bool = Field(
-        default=True, description="clusters: and the infected model must give most of it its label, or it is, too"
+        default=True, description="clusters: it must also have its label from the infected model, for the most part"
     )
     several: bool = Field(
         default=True, description="clusters: where many classes lose a group, or nearly, others are judged by half"
