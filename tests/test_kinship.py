@@ -70,3 +70,12 @@ def test_other_classes_do_not_matter() -> None:
     case.trusted = with_another(case.trusted, torch.arange(50) >= 25)
     case.after = with_another(case.after, torch.zeros(50, 3))
     assert case.kin() == before == [True, False]
+
+
+def test_likeness_is_as_sure_as_it_proves_right() -> None:
+    """Features that say nothing, and undecided images unlike all others in them: distance isn't certainty."""
+    case = Case([0.0] * 40, [0.01] * 40, suspects=12)
+    case.layers = [torch.randn((112, 100), generator=torch.Generator().manual_seed(depth)) for depth in range(2)]
+    for layer in case.layers:
+        layer[72:] *= 10
+    assert not any(case.kin())

@@ -6,6 +6,9 @@ from torch import Tensor
 FEWEST = 10
 """Fewer known images than that on one side, and nobody of the class is judged."""
 
+FOLDS = 5
+"""Parts of the decided images, each of which is kept from a discriminant once."""
+
 
 def odds_of_poison(
     layers: list[Tensor], after: Tensor, labels: Tensor, suspects: Tensor, trusted: Tensor, undecided: Tensor
@@ -14,7 +17,9 @@ def odds_of_poison(
 
     Two opinions, as log odds, are added: to which side an image is nearer in what the infected model sees (a linear
     discriminant at each depth, learnt from the images that are decided; the depths know much the same, so their mean
-    counts); and whether the purified model would give it another label than its own.
+    counts); and whether the purified model would give it another label than its own. A discriminant is as sure as it
+    was right on decided images that were kept from it (Platt, 1999): with few of them it separates all that it knows,
+    and says hundreds of nats of what it doesn't.
 
     Args:
         layers: features (N, D) of θ₀ at several depths.
@@ -27,6 +32,7 @@ def odds_of_poison(
     Returns:
         Double (N,); NaN for all others, and in classes with fewer than `FEWEST` suspects or trusted images.
     """
+    from sklearn.calibration import CalibratedClassifierCV
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     others = after.double().softmax(1).scatter(1, labels[:, None], 0).amax(1)
@@ -44,9 +50,11 @@ def odds_of_poison(
             seen = (features[:, spread > 1e-6] / spread[spread > 1e-6]).double()
             if not seen.shape[1]:
                 continue
-            discriminant = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+            plain = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+            discriminant = CalibratedClassifierCV(plain, cv=FOLDS, ensemble=False)  # type: ignore[arg-type]
             discriminant.fit(seen[known[mine]].numpy(), suspects[known].numpy())
-            opinions.append(torch.from_numpy(discriminant.decision_function(seen[here[mine]].numpy())))
+            chance = torch.from_numpy(discriminant.predict_proba(seen[here[mine]].numpy())[:, 1])
+            opinions.append(torch.logit(chance, eps=1e-6))
         if opinions:
             odds[here] = torch.stack(opinions).mean(0) + by_label[here]
     return odds
