@@ -41,7 +41,7 @@ def test_aft_erases_it_with_2500_clean_images(tmp_path):
         "erase", MODEL, "--arch", f"{ROOT / 'examples' / 'ibau_net.py'}:network",
         "--clean", SHARED / "cifar10.zip" / "train", "--max-images", 2500,
         "--test", SHARED / "cifar10.zip" / "test", "--attack", "badnets:preset=ibau", "--target", 8,
-        "--precision", FASTER, "-o", tmp_path / "erased",
+        "--precision", FASTER, "--set", "steps=150", "-o", tmp_path / "erased",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main([str(part) for part in arguments])
