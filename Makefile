@@ -10,14 +10,14 @@ demo: $(VENV)/.installed
 	$(BIN)/unplant demo -o demo-out --force $(DEMO_FLAGS)
 
 # Two single-thread processes side by side beat one with two threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist
 
 test: $(VENV)/.installed-test lint
-	$(PYTEST) -m "not slow"
-	$(PYTEST) -m "slow"
+	$(PYTEST) worksteal -m "not slow"
+	$(PYTEST) loadgroup --no-loadscope-reorder -m "slow"
 
 fast: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) worksteal -m "not slow"
 
 soak: $(VENV)/.installed-test
 	UNPLANT_SOAK_CHECKPOINTS=100000 UNPLANT_SOAK_IMAGES=100000 UNPLANT_SOAK_KILLS=200 $(BIN)/python -m pytest -q \

@@ -16,8 +16,12 @@ from unplant.planting import train
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["badnets", "blended", "sig"])
+NAMES = ("badnets", "blended", "sig")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
 def demo(request):
+    """One run, which all tests of it share: they stay in one process."""
     return run_demo(request.param, seed=0)
 
 
