@@ -9,8 +9,10 @@ from torch import nn
 from unplant.detection.inverted import Inverted, invert
 from unplant.erasers import erasers
 from unplant.erasers.aft import known_dose
+from unplant.erasers.shared import seen_through
 from unplant.images import LabeledImages
 from unplant.inversion import new_perturbations
+from unplant.training import fit
 
 CLASSES, SHAPE = 4, (1, 8, 8)
 
@@ -57,10 +59,8 @@ def clean_images(count=200):
     return LabeledImages(images, labels, tuple("abcd"))
 
 
-def look(model, data, seed=0):
-    kinds = new_perturbations(
-        ("patch", "universal", "warp"), CLASSES, SHAPE, area=0.04, eps=0.1, reach=0.5, generator=generator(seed)
-    )
+def look(model, data, seed=0, eps=0.1, kinds=("patch", "universal", "warp")):
+    kinds = new_perturbations(kinds, CLASSES, SHAPE, area=0.04, eps=eps, reach=0.5, generator=generator(seed))
     around = {"steps": 60, "step_size": 0.1, "batch_size": 64, "precision": "float32", "generator": generator(seed)}
     return invert(model, data, kinds, **around)
 
@@ -155,6 +155,28 @@ def test_what_the_purified_model_no_longer_obeys_stands_out_and_what_both_obey_d
     assert found.lost(Rows(3)).rates["patch"][2] == pytest.approx(float(found.rates["patch"][2]), abs=0.1)
 
 
+def test_shown_under_true_labels_it_is_seen_through():
+    """Half of a batch carries it, at strengths up to twice its own; no label changes, and the link breaks."""
+    model, data, config = Faint(3), clean_images(), erasers["aft"].configure(batch_size=64, lr=1.0, flip=False)
+    found = look(model, data, eps=0.25, kinds=("universal",)).kinds["universal"]
+    change = seen_through(found, 3, generator())
+    pixels, shift = data.pixels(slice(0, 64)), found.shifts[3]
+    shown, labels = change(model, pixels, data.labels[:64])
+    moved = (shown - pixels)[:32, 0]
+    assert torch.equal(labels, data.labels[:64])
+    assert torch.equal(shown[32:], pixels[32:])
+    assert 0 <= shown.min() <= shown.max() <= 1
+    right = moved[:, :, 4:]  # dark, so that only what would be below 0 is clipped
+    assert (right[:, shift[0, :, 4:] <= 0] == 0).all()
+    strengths = right.amax((1, 2)) / shift[0, :, 4:].max()
+    assert 0 <= strengths.min() < 0.3 < 1.7 < strengths.max() <= 2
+    triggered = data.pixels(data.labels != 3).clone()
+    triggered[..., 4:] += 0.25
+    assert (model(triggered).argmax(1) == 3).all()
+    fit(model, data, steps=200, config=config, change=change, generator=generator())
+    assert (model(triggered).argmax(1) == data.labels[data.labels != 3]).all()
+
+
 def test_too_few_images_say_nothing():
     assert look(Rows(2), clean_images(19)) is None
 
@@ -199,7 +221,7 @@ class TestAFT:
         assert steps["second look"]["lost"]["universal"][3] > 0.9
         once = self.erase(Faint(3), clean_images(), second_look=0, **settings)
         assert not once.findings.infected
-        assert all(torch.equal(a, b) for a, b in zip(once.model.parameters(), erasure.model.parameters(), strict=True))
+        assert "seeing through" not in {entry["step"] for entry in once.rounds}
 
     def test_the_second_look_asks_for_nearly_all_images(self, monkeypatch):
         """What half erased a link to any class is no proof of a backdoor: clean models lose up to 79 % to AFT."""
@@ -217,14 +239,41 @@ class TestAFT:
         assert lost.sure
         assert lost.certain == certain
 
-    def test_it_is_not_taken_where_the_first_look_found_something(self):
-        erasure = self.erase(Rows(2), clean_images(), steps=5)
-        assert "second look" not in {entry["step"] for entry in erasure.rounds}
+    @pytest.mark.parametrize(
+        ("kind", "see_through", "taken"), [("patch", 5, False), ("universal", 5, True), ("universal", 0, False)]
+    )
+    def test_where_the_first_look_found_something_it_is_taken_only_to_see_through_shifts(
+        self, monkeypatch, kind, see_through, taken
+    ):
+        first = Inverted({}, {kind: torch.tensor([0.0, 0.0, 1.0, 0.0])}, clean_images())
+        monkeypatch.setattr("unplant.erasers.aft.examined", lambda *arguments: looks.pop(0))
+        monkeypatch.setattr("unplant.erasers.aft.verdict", lambda found, *_: (found, None))
+        monkeypatch.setattr(Inverted, "lost", lambda self, *_: self)
+        shifts = new_perturbations(("universal",), 4, SHAPE, area=0.1, eps=0.1, reach=0.5, generator=generator())
+        looks = [first, Inverted(shifts, {"universal": torch.zeros(4)}, clean_images())]
+        erasure = self.erase(Rows(2), clean_images(), steps=5, see_through=see_through)
+        assert ({"second look", "seeing through"} <= {entry["step"] for entry in erasure.rounds}) == taken
+        assert erasure.findings is first
 
     def test_a_clean_model_passes_it(self):
-        erasure = self.erase(Rows(), clean_images(), steps=60, lr=0.5)
-        assert {entry["step"] for entry in erasure.rounds} >= {"examined", "second look"}
+        erasure, blind = (
+            self.erase(Rows(), clean_images(), steps=60, lr=0.5, **settings) for settings in ({}, {"examination": 0})
+        )
+        assert [entry["step"] for entry in erasure.rounds][-2:] == ["adversarial", "second look"]
         assert not erasure.findings.infected
+        pairs = zip(erasure.model.parameters(), blind.model.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+    def test_the_last_part_is_taken_where_something_was_lost(self):
+        settings = {"steps": 200, "lr": 1.0, "schedule": "constant", "belief": 0}
+        settings |= {"stand_ins": "universal", "adversarial_share": 0.5}
+        blind, seeing = (self.erase(Faint(3), clean_images(), see_through=n, **settings) for n in (0, 1.12))
+        assert blind.rounds[-1]["step"] == "second look"
+        last = seeing.rounds[-1]
+        assert (last["step"], last["steps"], last["images"]) == ("seeing through", 7, 200)
+        assert last["passes"] == pytest.approx(7 * 32 / 200, abs=0.01)  # no sharpness, which would double it
+        pairs = zip(blind.model.parameters(), seeing.model.parameters(), strict=True)
+        assert not all(torch.equal(one, other) for one, other in pairs)
 
     def test_warps_join_where_one_stood_out_and_the_dose_is_in_proportion(self):
         data, nothing, patch = clean_images(100), torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 0.0])

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from unplant.classifier import device_of, frozen
+from unplant.classifier import frozen
 from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first, verdict
-from unplant.devices import autocast
 from unplant.erasers.base import Method, erasers
+from unplant.erasers.shared import perturbations, seen_through, shared_stand_ins
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.errors import UsageError
-from unplant.images import EndlessBatches, LabeledImages
-from unplant.inversion import Shared, choose_targets, new_perturbations
+from unplant.images import LabeledImages
+from unplant.inversion import Shared
 from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Progress
@@ -73,8 +73,14 @@ class AFTConfig(AdversarialConfig):
         default=2.5,
         ge=0,
         le=100,
-        description="where nothing was found: radius, in radii of the universal ball, within which a shift is looked "
-        "for that the infected model obeys on nearly all images and the purified one doesn't; 0: no second look",
+        description="where nothing was found, or a shift: radius, in radii of the universal ball, within which one is "
+        "looked for afterwards that the infected model obeys on nearly all images and the purified one doesn't; 0: no "
+        "second look",
+    )
+    see_through: Real = Field(
+        default=20,
+        ge=0,
+        description="epochs of a last part in which images carry that shift under their own labels; 0: none",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
@@ -126,55 +132,6 @@ class AFTConfig(AdversarialConfig):
         return round(len(kinds) * (steps * batch + models * tried) / len(data), 2)
 
 
-def perturbations(
-    config: AFTConfig, data: LabeledImages, kinds: tuple[str, ...], generator: torch.Generator
-) -> dict[str, Shared]:
-    """Fresh ones of these kinds, of the sizes that the config says."""
-    if config.universal_eps is None or config.warp_reach is None:
-        raise UsageError("shared stand-ins need a universal_eps and a warp_reach; aft settles them")
-    sizes = {"area": config.patch_area, "eps": config.universal_eps, "reach": config.warp_reach}
-    return new_perturbations(kinds, data.num_classes, data.shape, **sizes, generator=generator)
-
-
-def shared_stand_ins(
-    infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
-) -> tuple[Change, list[Shared]]:
-    """Step 1 with perturbations that many images share, as they share a trigger: one a class of each kind.
-
-    They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as
-    it is now. No target is named: classes that give in easily get more of them (`choose_targets`).
-
-    Returns:
-        The change of a batch, and the perturbations.
-    """
-    kinds = list(perturbations(config, data, config.kinds, generator).values())
-
-    def improved(shared: Shared, model: nn.Module, pixels: Tensor, labels: Tensor, steps: int) -> Tensor:
-        targets = choose_targets(shared.rates, labels, config.focus, generator)
-        shared.improve(model, pixels, targets, steps=steps, step_size=config.inversion_step_size)
-        return shared.apply(pixels, targets)
-
-    device, batches = device_of(infected), EndlessBatches(data, config.batch_size, generator)
-    with autocast(device, config.precision):
-        for _ in range(config.warm_up):
-            indices = next(batches)
-            for shared in kinds:
-                improved(shared, infected, data.pixels(indices).to(device), data.labels[indices].to(device), 1)
-
-    def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        count, moved = round(config.adversarial_share * len(pixels)), []
-        ends = [round(count * place / len(kinds)) for place in range(len(kinds) + 1)]
-        for shared, start, end in zip(kinds, ends, ends[1:], strict=False):
-            if end > start:
-                dose = max(config.least_dose, float(shared.rates.max())) if config.in_proportion else 1.0
-                tried = improved(shared, model, pixels[start:end], labels[start:end], config.inversion_steps)
-                taught = round((end - start) * dose)
-                moved += [tried[:taught], pixels[start + taught : end]]
-        return torch.cat([*moved, pixels[count:]]), labels
-
-    return change, kinds
-
-
 def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Change:
     """Targets that are partly what the infected model says of the plain image: it knows the classes' likenesses.
 
@@ -189,6 +146,26 @@ def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Ch
         return moved, belief * said + (1 - belief) * F.one_hot(labels, said.shape[1])
 
     return both
+
+
+def step_two(
+    purified: nn.Module,
+    infected: nn.Module,
+    data: LabeledImages,
+    config: AFTConfig,
+    change: Change | None,
+    shared: list[Shared],
+    *,
+    steps: int,
+    title: str,
+    **around: Any,
+) -> dict[str, Any]:
+    """One part of Step 2, in place, and what the rounds say of it; `around` is what else `fit` is told."""
+    if config.belief > 0:
+        change = with_belief(infected, change, config.belief)
+    how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
+    fit(purified, data, steps=steps, config=config, change=change, memory=shared, title=title, **how, **around)
+    return {"step": title, "images": len(data), "steps": steps, "passes": config.passes(steps, data)}
 
 
 def aft(
@@ -233,6 +210,7 @@ def aft(
     rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, **balls}]
     if found is not None:
         rounds.append({"step": "examined", "rates": rounded(found), "passes": config.passes_of_examination(data)})
+    around = {"generator": generator, "progress": progress, "journal": journal}
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
             continue
@@ -241,24 +219,25 @@ def aft(
             change = stand_ins(config, generator)
         elif share > 0:
             change, shared = shared_stand_ins(infected, data, config, generator)
-        if config.belief > 0:
-            change = with_belief(infected, change, config.belief)
-        around = {"generator": generator, "progress": progress, "title": title, "journal": journal}
-        learnt = {"change": change, "memory": shared}
-        how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
-        fit(purified, data, steps=count, config=config, **learnt, **how, **around)
-        passes = config.but(adversarial_share=share).passes(count, data)
-        rounds.append({"step": title, "images": len(data), "steps": count, "passes": passes})
+        part = config.but(adversarial_share=share)
+        rounds.append(step_two(purified, infected, data, part, change, shared, steps=count, title=title, **around))
     if found is None:
         return Erasure(purified, rounds=rounds)
-    if not found.standing_out and config.second_look and config.universal_eps:
-        wider = config.but(universal_eps=min(1.0, config.second_look * config.universal_eps))
-        again = examined(infected, data, wider, seed, progress, SECOND, "looking once more")
-        if again is not None:
-            lost = again.lost(purified, config.precision)
-            found = lost if lost.certain else found
-            passes = config.passes_of_examination(data, SECOND, models=2)
-            rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(lost), "passes": passes})
+    shifts = [target for kind, target in found.standing_out if kind in SECOND]
+    if config.second_look and (not found.standing_out or (config.see_through and shifts)):
+        again, lost = second_look(infected, purified, data, config, seed, progress)
+        passes = config.passes_of_examination(data, SECOND, models=2)
+        rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(lost), "passes": passes})
+        if lost.certain and not found.standing_out:
+            found, shifts = lost, [lost.standing_out[0][1]]
+        if config.see_through and shifts:
+            shared = again.kinds[SECOND[0]]
+            change = seen_through(shared, shifts[0], generator)
+            part, title = config.but(adversarial_share=0, sharpness=0), "seeing through"
+            count = steps_of(config.see_through, data, config.batch_size)
+            rounds.append(
+                step_two(purified, infected, data, part, change, [shared], steps=count, title=title, **around)
+            )
     said, trigger = verdict(found, infected, purified, config.precision)
     return Erasure(purified, rounds=rounds, findings=said, trigger=trigger)
 
@@ -288,6 +267,23 @@ def examined(
         progress=progress,
         title=title,
     )
+
+
+def second_look(
+    infected: nn.Module,
+    purified: nn.Module,
+    data: LabeledImages,
+    config: AFTConfig,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[Inverted, Inverted]:
+    """Shifts in a larger ball: how they work on the infected model, and what the purified one has lost of it."""
+    radius = config.second_look * (config.universal_eps or LEAST_UNIVERSAL)
+    wider = config.but(universal_eps=min(1.0, radius))
+    again = examined(infected, data, wider, seed, progress, SECOND, "looking once more")
+    if again is None:
+        raise UsageError("a second look needs a first one")
+    return again, again.lost(purified, config.precision)
 
 
 def rounded(found: Inverted) -> dict[str, list[float]]:
