@@ -2,7 +2,8 @@
 
 What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
 (`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion beside the
-labels (`belief`), no plain part at the end (`clean_steps`); docs/method.md says why.
+labels (`belief`), no plain part at the end (`clean_steps`) but one that shows what was found (`second_look`,
+`see_through`); docs/method.md says why.
 """
 
 import copy
