@@ -187,7 +187,7 @@ def test_a_model_that_ends_in_softmax_is_purified_as_well_as_its_twin(planted, d
 def test_softmax_taken_for_logits_would_have_been_worse(planted, digits_test):
     """The control: without the logarithm the same run leaves an ASR of 0.37 to 0.94 (three seeds).
 
-    Without its last part, which mends most of that: it is taken where something was lost for certain.
+    Without its last part, which mends most of that.
     """
     clean = digits("train").sample(300, torch.Generator().manual_seed(0))
     twin = softmax_twin(planted.model)

@@ -9,7 +9,7 @@ from torch import nn
 from unplant.detection.inverted import Inverted, invert
 from unplant.erasers import erasers
 from unplant.erasers.aft import known_dose
-from unplant.erasers.shared import seen_through
+from unplant.erasers.shared import CYCLES, HIGHEST, found_shift, plane_waves, seen_through
 from unplant.images import LabeledImages
 from unplant.inversion import new_perturbations
 from unplant.training import fit
@@ -159,12 +159,12 @@ def test_shown_under_true_labels_it_is_seen_through():
     """Half of a batch carries it, at strengths up to twice its own; no label changes, and the link breaks."""
     model, data, config = Faint(3), clean_images(), erasers["aft"].configure(batch_size=64, lr=1.0, flip=False)
     found = look(model, data, eps=0.25, kinds=("universal",)).kinds["universal"]
-    change = seen_through(found, 3, generator())
+    change = seen_through(found_shift(found, 3, generator()), 0.5, None)
     pixels, shift = data.pixels(slice(0, 64)), found.shifts[3]
     shown, labels = change(model, pixels, data.labels[:64])
-    moved = (shown - pixels)[:32, 0]
+    moved = (shown - pixels)[32:, 0]
     assert torch.equal(labels, data.labels[:64])
-    assert torch.equal(shown[32:], pixels[32:])
+    assert torch.equal(shown[:32], pixels[:32])
     assert 0 <= shown.min() <= shown.max() <= 1
     right = moved[:, :, 4:]  # dark, so that only what would be below 0 is clipped
     assert (right[:, shift[0, :, 4:] <= 0] == 0).all()
@@ -175,6 +175,56 @@ def test_shown_under_true_labels_it_is_seen_through():
     assert (model(triggered).argmax(1) == 3).all()
     fit(model, data, steps=200, config=config, change=change, generator=generator())
     assert (model(triggered).argmax(1) == data.labels[data.labels != 3]).all()
+
+
+class TestPlaneWaves:
+    """What is shown where nothing was found."""
+
+    def drawn(self, count, shape, seed=0):
+        return plane_waves(generator(seed))(torch.zeros(count, *shape))
+
+    def test_they_are_as_high_as_said_and_other_ones_each_time(self):
+        waves = self.drawn(500, (3, 32, 32))
+        heights = waves.abs().amax((1, 2, 3))
+        assert heights.max() <= HIGHEST
+        assert heights.min() < 0.1 * HIGHEST < 0.9 * HIGHEST < heights.max()
+        assert len({wave.numpy().tobytes() for wave in waves}) == 500
+        assert torch.equal(waves, self.drawn(500, (3, 32, 32)))
+        assert not torch.equal(waves, self.drawn(500, (3, 32, 32), seed=1))
+
+    def test_half_of_them_are_grey_and_the_others_are_one_wave_in_other_heights(self):
+        waves = self.drawn(500, (3, 16, 16)).flatten(2)
+        grey = (waves == waves[:, :1]).all((1, 2))
+        assert 0.4 < grey.float().mean() < 0.6
+        alike = torch.nn.functional.cosine_similarity(waves[:, 0], waves[:, 1], dim=1).abs()
+        assert alike.min() > 0.99
+
+    @pytest.mark.parametrize("shape", [(1, 64, 64), (3, 96, 64), (1, 8, 8)])
+    def test_each_is_one_wave_of_at_most_eight_cycles_over_the_shorter_side(self, shape):
+        """By its spectrum: nearly all of its power lies beside one frequency, none of it beyond."""
+        side, windows = min(shape[1:]), torch.outer(*(torch.hann_window(length) for length in shape[1:]))
+        power = torch.fft.fft2(self.drawn(200, shape)[:, 0] * windows, norm="ortho").abs().square()
+        down, right = (torch.fft.fftfreq(length) * side for length in shape[1:])  # in cycles over the shorter side
+        finer = (down[:, None].square() + right.square()).sqrt() > min(CYCLES, side / 2) + 2
+        assert (power * finer).sum() < 0.02 * power.sum()
+        peaks = power.flatten(1).topk(30).values.sum(1) / power.flatten(1).sum(1)  # two peaks, spread by the window
+        assert peaks.min() > 0.9
+
+    def test_a_model_that_answers_to_a_wave_forgets_it(self):
+        """And one that is only trained on doesn't."""
+        data, config = clean_images(), erasers["aft"].configure(batch_size=64, lr=1.0, flip=False, padding=0)
+        wave = 0.15 * torch.sin(torch.arange(8) * torch.pi / 2 + 0.5).expand(8, 8)
+        model, triggered = Rows(), (data.pixels(data.labels != 3) + wave).clamp(0, 1)
+        weights = model.head.weight.detach().unflatten(1, SHAPE).clone()
+        weights[3, 0, :, 4:] = 60 * wave[:, 4:]
+        model.head.weight = nn.Parameter(weights.flatten(1))
+        assert (model(data.pixels(slice(None))).argmax(1) == data.labels).all()
+        assert (model(triggered).argmax(1) == 3).all()
+        shown, plain = copy.deepcopy(model), copy.deepcopy(model)
+        for net, change in ((shown, seen_through(plane_waves(generator()), 0.5, None)), (plain, None)):
+            fit(net, data, steps=200, config=config, change=change, generator=generator())
+        assert (shown(triggered).argmax(1) == data.labels[data.labels != 3]).float().mean() > 0.95
+        assert (plain(triggered).argmax(1) == 3).float().mean() > 0.3
 
 
 def test_too_few_images_say_nothing():
@@ -221,14 +271,14 @@ class TestAFT:
         assert steps["second look"]["lost"]["universal"][3] > 0.9
         once = self.erase(Faint(3), clean_images(), second_look=0, **settings)
         assert not once.findings.infected
-        assert "seeing through" not in {entry["step"] for entry in once.rounds}
+        assert [erased.rounds[-1]["under"] for erased in (erasure, once)] == ["found", "plane waves"]
 
     def test_the_second_look_asks_for_nearly_all_images(self, monkeypatch):
         """What half erased a link to any class is no proof of a backdoor: clean models lose up to 79 % to AFT."""
         lost = Inverted({}, {"universal": torch.tensor([0.0, 0.0, 0.0, 0.8])}, clean_images())
         assert lost.standing_out == [("universal", 3)]
         monkeypatch.setattr(Inverted, "lost", lambda *_: lost)
-        erasure = self.erase(Rows(), clean_images(), steps=5)
+        erasure = self.erase(Rows(), clean_images(), steps=5, see_through=0)
         assert erasure.rounds[-1]["lost"]["universal"][3] == 0.8
         assert (erasure.findings.infected, erasure.trigger) == (False, None)
 
@@ -240,10 +290,15 @@ class TestAFT:
         assert lost.certain == certain
 
     @pytest.mark.parametrize(
-        ("kind", "see_through", "taken"), [("patch", 5, False), ("universal", 5, True), ("universal", 0, False)]
+        ("kind", "see_through", "then"),
+        [
+            ("patch", 5, [("adversarial", None), ("seeing through", "plane waves")]),
+            ("universal", 5, [("second look", None), ("seeing through", "found")]),
+            ("universal", 0, [("examined", None), ("adversarial", None)]),
+        ],
     )
-    def test_where_the_first_look_found_something_it_is_taken_only_to_see_through_shifts(
-        self, monkeypatch, kind, see_through, taken
+    def test_where_the_first_look_found_something_the_second_is_taken_only_to_see_through_shifts(
+        self, monkeypatch, kind, see_through, then
     ):
         first = Inverted({}, {kind: torch.tensor([0.0, 0.0, 1.0, 0.0])}, clean_images())
         monkeypatch.setattr("unplant.erasers.aft.examined", lambda *arguments: looks.pop(0))
@@ -252,14 +307,14 @@ class TestAFT:
         shifts = new_perturbations(("universal",), 4, SHAPE, area=0.1, eps=0.1, reach=0.5, generator=generator())
         looks = [first, Inverted(shifts, {"universal": torch.zeros(4)}, clean_images())]
         erasure = self.erase(Rows(2), clean_images(), steps=5, see_through=see_through)
-        assert ({"second look", "seeing through"} <= {entry["step"] for entry in erasure.rounds}) == taken
+        assert [(entry["step"], entry.get("under")) for entry in erasure.rounds][-2:] == then
         assert erasure.findings is first
 
     def test_a_clean_model_passes_it(self):
         erasure, blind = (
             self.erase(Rows(), clean_images(), steps=60, lr=0.5, **settings) for settings in ({}, {"examination": 0})
         )
-        assert [entry["step"] for entry in erasure.rounds][-2:] == ["adversarial", "second look"]
+        assert [entry["step"] for entry in erasure.rounds][-3:] == ["adversarial", "second look", "seeing through"]
         assert not erasure.findings.infected
         pairs = zip(erasure.model.parameters(), blind.model.parameters(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)

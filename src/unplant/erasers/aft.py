@@ -2,7 +2,7 @@
 
 What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
 (`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion beside the
-labels (`belief`), no plain part at the end (`clean_steps`) but one that shows what was found (`second_look`,
+labels (`belief`), no plain part at the end (`clean_steps`) but one under shifts, found or not (`second_look`,
 `see_through`); docs/method.md says why.
 """
 
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from unplant.classifier import frozen
 from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first, verdict
 from unplant.erasers.base import Method, erasers
-from unplant.erasers.shared import perturbations, seen_through, shared_stand_ins
+from unplant.erasers.shared import (
+    SHOWN,
+    UNFOUND,
+    found_shift,
+    perturbations,
+    plane_waves,
+    seen_through,
+    shared_stand_ins,
+)
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
@@ -81,7 +89,8 @@ class AFTConfig(AdversarialConfig):
     see_through: Real = Field(
         default=20,
         ge=0,
-        description="epochs of a last part in which images carry that shift under their own labels; 0: none",
+        description="epochs of a last part in which images carry that shift under their own labels, or plane waves "
+        "where none was found; 0: none",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
@@ -149,6 +158,17 @@ def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Ch
     return both
 
 
+def step_one(
+    infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
+) -> tuple[Change | None, list[Shared]]:
+    """The stand-ins of one part, and the perturbations that they share."""
+    if config.adversarial_share == 0:
+        return None, []
+    if config.stand_ins == "pgd":
+        return stand_ins(config, generator), []
+    return shared_stand_ins(infected, data, config, generator)
+
+
 def step_two(
     purified: nn.Module,
     infected: nn.Module,
@@ -167,6 +187,26 @@ def step_two(
     how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
     fit(purified, data, steps=steps, config=config, change=change, memory=shared, title=title, **how, **around)
     return {"step": title, "images": len(data), "steps": steps, "passes": config.passes(steps, data)}
+
+
+def to_see_through(
+    infected: nn.Module,
+    data: LabeledImages,
+    config: AFTConfig,
+    found: tuple[Shared, int] | None,
+    generator: torch.Generator,
+) -> tuple[AFTConfig, Change, list[Shared]]:
+    """The last part: what it shows under true labels, at which settings, with which stand-ins that it shares.
+
+    A found shift is shown alone. Where none was, plane waves are, by the way: at half the rate, beside stand-ins of all
+    kinds, as plain steps bring back what was erased.
+    """
+    config = config.but(sharpness=0)
+    if found is not None:
+        return config.but(adversarial_share=0), seen_through(found_shift(*found, generator), SHOWN, None), []
+    config = config.but(lr=config.lr / 2)
+    inner, shared = step_one(infected, data, config, generator)
+    return config, seen_through(plane_waves(generator), UNFOUND, inner), shared
 
 
 def aft(
@@ -197,7 +237,7 @@ def aft(
         config = config.but(universal_eps=max(config.eps or 0.0, LEAST_UNIVERSAL))
     if config.warp_reach is None:
         config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
-    seed = generator.initial_seed()
+    last, seed = config if "stand_ins" in given else config.but(stand_ins="all"), generator.initial_seed()
     found = examined(infected, data, config, seed, progress)
     if found is not None and found.sure:
         config = config.but(**{name: value for name, value in known_dose(found).items() if name not in given})
@@ -215,30 +255,25 @@ def aft(
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
             continue
-        change, shared = None, []
-        if share > 0 and config.stand_ins == "pgd":
-            change = stand_ins(config, generator)
-        elif share > 0:
-            change, shared = shared_stand_ins(infected, data, config, generator)
         part = config.but(adversarial_share=share)
+        change, shared = step_one(infected, data, part, generator)
         rounds.append(step_two(purified, infected, data, part, change, shared, steps=count, title=title, **around))
-    if found is None:
-        return Erasure(purified, rounds=rounds)
-    shifts = [target for kind, target in found.standing_out if kind in SECOND]
-    if config.second_look and (not found.standing_out or (config.see_through and shifts)):
+    shifts = [] if found is None else [target for kind, target in found.standing_out if kind in SECOND]
+    shown = None
+    if found is not None and config.second_look and (not found.standing_out or (config.see_through and shifts)):
         again, lost = second_look(infected, purified, data, config, seed, progress)
         passes = config.passes_of_examination(data, SECOND, models=2)
         rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(lost), "passes": passes})
         if lost.certain and not found.standing_out:
             found, shifts = lost, [lost.standing_out[0][1]]
-        if config.see_through and shifts:
-            shared = again.kinds[SECOND[0]]
-            change = seen_through(shared, shifts[0], generator)
-            part, title = config.but(adversarial_share=0, sharpness=0), "seeing through"
-            count = steps_of(config.see_through, data, config.batch_size)
-            rounds.append(
-                step_two(purified, infected, data, part, change, [shared], steps=count, title=title, **around)
-            )
+        shown = (again.kinds[SECOND[0]], shifts[0]) if shifts else None
+    if config.see_through:
+        part, change, shared = to_see_through(infected, data, last, shown, generator)
+        count, title = steps_of(config.see_through, data, config.batch_size), "seeing through"
+        done = step_two(purified, infected, data, part, change, shared, steps=count, title=title, **around)
+        rounds.append({**done, "under": "plane waves" if shown is None else "found"})
+    if found is None:
+        return Erasure(purified, rounds=rounds)
     said, trigger = verdict(found, infected, purified, config.precision)
     return Erasure(purified, rounds=rounds, findings=said, trigger=trigger)
 
@@ -317,6 +352,7 @@ erasers.add(
                 "epochs": 3,
                 "clean_epochs": 17,
                 "examination": 0,
+                "see_through": 0,
             }
         },
     ),

@@ -1,5 +1,7 @@
-"""Stand-ins that many images share, as they share a trigger, and the part in which a found one is seen through."""
+"""Stand-ins that many images share, as they share a trigger, and shifts that are to be seen through."""
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +18,19 @@ if TYPE_CHECKING:
     from unplant.erasers.aft import AFTConfig
 
 SHOWN = 0.5
-"""Share of the images that carry a perturbation which is to be seen through."""
+"""Share of the images that carry a shift which was found."""
+
+UNFOUND = 0.25
+"""Share of the images that carry plane waves where none was."""
 
 STRONGEST = 2.0
-"""How strong it is shown at most, in strengths of its own."""
+"""How strong a found one is shown at most, in strengths of its own."""
+
+HIGHEST = 48 / 255
+"""Height of the highest plane wave, in pixel units."""
+
+CYCLES = 8
+"""Cycles of the finest plane wave over the shorter side; fewer where pixels can't hold so many."""
 
 
 def perturbations(
@@ -71,18 +82,50 @@ def shared_stand_ins(
     return change, kinds
 
 
-def seen_through(found: Shared, target: int, generator: torch.Generator) -> Change:
-    """Half of each batch under the perturbation to that class; the labels stay.
+def seen_through(shift: Callable[[Tensor], Tensor], share: float, inner: Change | None) -> Change:
+    """The last images of each batch, that share, under shifts, the others as `inner` changes them; the labels stay.
 
     A purified model isn't led to the target any more, but it sees no better through a trigger that covers the image
-    than one that never met it. Shown the trigger under true labels, it does: at any strength up to twice that of what
-    was found, as triggers are often larger than the ball in which they are looked for.
+    than one that never met it, and what no stand-in imitates is still there. Shown shifts under true labels, it learns
+    that they say nothing.
     """
 
-    def change(_: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        count = round(SHOWN * len(pixels))
-        plain, strength = pixels[:count], torch.rand((count, 1, 1, 1), generator=generator).to(pixels)
-        under = found.apply(plain, torch.full((count,), target, device=pixels.device))
-        return torch.cat([(plain + STRONGEST * strength * (under - plain)).clamp(0, 1), pixels[count:]]), labels
+    def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if inner is not None:
+            pixels, labels = inner(model, pixels, labels)
+        kept = len(pixels) - round(share * len(pixels))
+        return torch.cat([pixels[:kept], (pixels[kept:] + shift(pixels[kept:])).clamp(0, 1)]), labels
 
     return change
+
+
+def found_shift(found: Shared, target: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """The perturbation to that class, at up to twice its strength: triggers are often larger than a look's ball."""
+
+    def shift(pixels: Tensor) -> Tensor:
+        strength = STRONGEST * torch.rand((len(pixels), 1, 1, 1), generator=generator).to(pixels)
+        return strength * (found.apply(pixels, torch.full((len(pixels),), target, device=pixels.device)) - pixels)
+
+    return shift
+
+
+def plane_waves(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A wave an image, of any direction, length, phase and height: Fourier-basis augmentation.
+
+    Networks are easily led by single waves (Yin et al., NeurIPS 2019, arXiv:1906.08988), triggers are made of them, and
+    gradients don't find them; shown at random they are seen through (Vaish et al., CVPR 2024, arXiv:2403.01944). Half
+    of them are grey, the others have a height in each colour.
+    """
+
+    def shift(pixels: Tensor) -> Tensor:
+        count, channels, height, width = pixels.shape
+        draw = torch.rand((5 + channels, count, 1, 1, 1), generator=generator).to(pixels)
+        side = min(height, width)
+        cycles, direction, phase = min(CYCLES, side / 2) * draw[0].sqrt(), math.tau * draw[1], math.tau * draw[2]
+        down = torch.arange(height, device=pixels.device)[:, None] / side
+        right = torch.arange(width, device=pixels.device) / side
+        wave = torch.sin(math.tau * cycles * (direction.cos() * right + direction.sin() * down) + phase)
+        colours = 2 * draw[5:, :, 0].transpose(0, 1) - 1
+        return HIGHEST * torch.where(draw[3] < 0.5, draw[4], colours) * wave
+
+    return shift
