@@ -17,15 +17,7 @@ from torch import Tensor, nn
 from unplant.classifier import frozen
 from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first, verdict
 from unplant.erasers.base import Method, erasers
-from unplant.erasers.shared import (
-    SHOWN,
-    UNFOUND,
-    found_shift,
-    perturbations,
-    plane_waves,
-    seen_through,
-    shared_stand_ins,
-)
+from unplant.erasers.shared import found_shift, perturbations, plane_waves, seen_through, shared_stand_ins
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
@@ -198,15 +190,15 @@ def to_see_through(
 ) -> tuple[AFTConfig, Change, list[Shared]]:
     """The last part: what it shows under true labels, at which settings, with which stand-ins that it shares.
 
-    A found shift is shown alone. Where none was, plane waves are, by the way: at half the rate, beside stand-ins of all
-    kinds, as plain steps bring back what was erased.
+    A found shift is shown alone. Where none was, plane waves are, by the way: at a quarter of the rate, beside
+    stand-ins of all kinds, as plain steps bring back what was erased.
     """
     config = config.but(sharpness=0)
     if found is not None:
-        return config.but(adversarial_share=0), seen_through(found_shift(*found, generator), SHOWN, None), []
-    config = config.but(lr=config.lr / 2)
+        return config.but(adversarial_share=0), seen_through(found_shift(*found, generator), None), []
+    config = config.but(lr=config.lr / 4)
     inner, shared = step_one(infected, data, config, generator)
-    return config, seen_through(plane_waves(generator), UNFOUND, inner), shared
+    return config, seen_through(plane_waves(generator), inner), shared
 
 
 def aft(
