@@ -159,7 +159,7 @@ def test_shown_under_true_labels_it_is_seen_through():
     """Half of a batch carries it, at strengths up to twice its own; no label changes, and the link breaks."""
     model, data, config = Faint(3), clean_images(), erasers["aft"].configure(batch_size=64, lr=1.0, flip=False)
     found = look(model, data, eps=0.25, kinds=("universal",)).kinds["universal"]
-    change = seen_through(found_shift(found, 3, generator()), None)
+    change = seen_through(found_shift(found, 3, generator()), 0.5, None)
     pixels, shift = data.pixels(slice(0, 64)), found.shifts[3]
     shown, labels = change(model, pixels, data.labels[:64])
     moved = (shown - pixels)[32:, 0]
@@ -221,7 +221,7 @@ class TestPlaneWaves:
         assert (model(data.pixels(slice(None))).argmax(1) == data.labels).all()
         assert (model(triggered).argmax(1) == 3).all()
         shown, plain = copy.deepcopy(model), copy.deepcopy(model)
-        for net, change in ((shown, seen_through(plane_waves(generator()), None)), (plain, None)):
+        for net, change in ((shown, seen_through(plane_waves(generator()), 0.5, None)), (plain, None)):
             fit(net, data, steps=200, config=config, change=change, generator=generator())
         assert (shown(triggered).argmax(1) == data.labels[data.labels != 3]).float().mean() > 0.95
         assert (plain(triggered).argmax(1) == 3).float().mean() > 0.3
@@ -236,7 +236,8 @@ class TestAFT:
 
     def erase(self, model, data, **settings):
         config = erasers["aft"].configure(
-            **{"lr": 0.01, "batch_size": 32, "patch_area": 0.04, "flip": False, "eps": 0.1, "padding": 0, **settings}
+            **{"lr": 0.01, "batch_size": 32, "patch_area": 0.04, "flip": False, "eps": 0.1, "padding": 0, "waves": 0.25}
+            | settings
         )
         return erasers["aft"].run(model, data, config, generator=generator())
 
@@ -309,6 +310,10 @@ class TestAFT:
         erasure = self.erase(Rows(2), clean_images(), steps=5, see_through=see_through)
         assert [(entry["step"], entry.get("under")) for entry in erasure.rounds][-2:] == then
         assert erasure.findings is first
+
+    def test_without_waves_only_what_was_found_is_seen_through(self):
+        erasure = self.erase(Rows(), clean_images(), steps=5, waves=0)
+        assert [entry["step"] for entry in erasure.rounds][-2:] == ["adversarial", "second look"]
 
     def test_a_clean_model_passes_it(self):
         erasure, blind = (

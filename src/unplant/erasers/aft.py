@@ -2,8 +2,8 @@
 
 What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
 (`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion beside the
-labels (`belief`), no plain part at the end (`clean_steps`) but one under shifts, found or not (`second_look`,
-`see_through`); docs/method.md says why.
+labels (`belief`), no plain part at the end (`clean_steps`) but one that shows what was found (`second_look`,
+`see_through`) or, if asked for, plane waves (`waves`); docs/method.md says why.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unplant.classifier import frozen
 from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first, verdict
 from unplant.erasers.base import Method, erasers
-from unplant.erasers.shared import found_shift, perturbations, plane_waves, seen_through, shared_stand_ins
+from unplant.erasers.shared import SHOWN, found_shift, perturbations, plane_waves, seen_through, shared_stand_ins
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
@@ -81,8 +81,11 @@ class AFTConfig(AdversarialConfig):
     see_through: Real = Field(
         default=20,
         ge=0,
-        description="epochs of a last part in which images carry that shift under their own labels, or plane waves "
-        "where none was found; 0: none",
+        description="epochs of a last part in which images carry that shift under their own labels; 0: none",
+    )
+    waves: Share = Field(
+        default=0,
+        description="where no shift was found: share of that part's images which carry plane waves; 0: no such part",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
@@ -190,15 +193,15 @@ def to_see_through(
 ) -> tuple[AFTConfig, Change, list[Shared]]:
     """The last part: what it shows under true labels, at which settings, with which stand-ins that it shares.
 
-    A found shift is shown alone. Where none was, plane waves are, by the way: at a quarter of the rate, beside
-    stand-ins of all kinds, as plain steps bring back what was erased.
+    A found shift is shown alone. Where none was, plane waves are, by the way: at half the rate, beside stand-ins of all
+    kinds, as plain steps bring back what was erased.
     """
     config = config.but(sharpness=0)
     if found is not None:
-        return config.but(adversarial_share=0), seen_through(found_shift(*found, generator), None), []
-    config = config.but(lr=config.lr / 4)
+        return config.but(adversarial_share=0), seen_through(found_shift(*found, generator), SHOWN, None), []
+    config = config.but(lr=config.lr / 2)
     inner, shared = step_one(infected, data, config, generator)
-    return config, seen_through(plane_waves(generator), inner), shared
+    return config, seen_through(plane_waves(generator), config.waves, inner), shared
 
 
 def aft(
@@ -259,7 +262,7 @@ def aft(
         if lost.certain and not found.standing_out:
             found, shifts = lost, [lost.standing_out[0][1]]
         shown = (again.kinds[SECOND[0]], shifts[0]) if shifts else None
-    if config.see_through:
+    if config.see_through and (shown is not None or config.waves):
         part, change, shared = to_see_through(infected, data, last, shown, generator)
         count, title = steps_of(config.see_through, data, config.batch_size), "seeing through"
         done = step_two(purified, infected, data, part, change, shared, steps=count, title=title, **around)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unplant.erasers.aft import AFTConfig
 
 SHOWN = 0.5
-"""Share of the images that carry a shift which is to be seen through."""
+"""Share of the images that carry a shift which was found."""
 
 STRONGEST = 2.0
 """How strong a found one is shown at most, in strengths of its own."""
@@ -79,8 +79,8 @@ def shared_stand_ins(
     return change, kinds
 
 
-def seen_through(shift: Callable[[Tensor], Tensor], inner: Change | None) -> Change:
-    """The last half of each batch under shifts, the others as `inner` changes them; the labels stay.
+def seen_through(shift: Callable[[Tensor], Tensor], share: float, inner: Change | None) -> Change:
+    """The last images of each batch, that share, under shifts, the others as `inner` changes them; the labels stay.
 
     A purified model isn't led to the target any more, but it sees no better through a trigger that covers the image
     than one that never met it, and what no stand-in imitates is still there. Shown shifts under true labels, it learns
@@ -90,7 +90,7 @@ def seen_through(shift: Callable[[Tensor], Tensor], inner: Change | None) -> Cha
     def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if inner is not None:
             pixels, labels = inner(model, pixels, labels)
-        kept = len(pixels) - round(SHOWN * len(pixels))
+        kept = len(pixels) - round(share * len(pixels))
         return torch.cat([pixels[:kept], (pixels[kept:] + shift(pixels[kept:])).clamp(0, 1)]), labels
 
     return change
