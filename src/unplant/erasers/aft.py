@@ -193,8 +193,8 @@ def to_see_through(
 ) -> tuple[AFTConfig, Change, list[Shared]]:
     """The last part: what it shows under true labels, at which settings, with which stand-ins that it shares.
 
-    A found shift is shown alone. Where none was, plane waves are, by the way: at half the rate, beside stand-ins of all
-    kinds, as plain steps bring back what was erased.
+    A found shift is shown alone. Where none was, plane waves are: at half the rate, beside stand-ins of all kinds, as
+    plain steps bring back what was erased.
     """
     config = config.but(sharpness=0)
     if found is not None:
