@@ -162,9 +162,9 @@ def test_shown_under_true_labels_it_is_seen_through():
     change = seen_through(found_shift(found, 3, generator()), 0.5, None)
     pixels, shift = data.pixels(slice(0, 64)), found.shifts[3]
     shown, labels = change(model, pixels, data.labels[:64])
-    moved = (shown - pixels)[32:, 0]
+    moved = (shown - pixels)[:32, 0]
     assert torch.equal(labels, data.labels[:64])
-    assert torch.equal(shown[:32], pixels[:32])
+    assert torch.equal(shown[32:], pixels[32:])
     assert 0 <= shown.min() <= shown.max() <= 1
     right = moved[:, :, 4:]  # dark, so that only what would be below 0 is clipped
     assert (right[:, shift[0, :, 4:] <= 0] == 0).all()
@@ -225,6 +225,23 @@ class TestPlaneWaves:
             fit(net, data, steps=200, config=config, change=change, generator=generator())
         assert (shown(triggered).argmax(1) == data.labels[data.labels != 3]).float().mean() > 0.95
         assert (plain(triggered).argmax(1) == 3).float().mean() > 0.3
+
+    def test_stand_ins_change_only_the_images_that_carry_no_wave(self):
+        seen = []
+
+        def inner(model, pixels, labels):
+            seen.append((len(pixels), labels))
+            return pixels + 7, labels
+
+        pixels, labels = clean_images().pixels(slice(0, 40)), torch.arange(40)
+        shown, after = seen_through(plane_waves(generator()), 0.25, inner)(Rows(), pixels, labels)
+        assert torch.equal(after, labels)
+        assert seen[0][0] == 30
+        assert torch.equal(seen[0][1], labels[10:])
+        assert torch.equal(shown[10:], pixels[10:] + 7)
+        assert 0 < (shown[:10] - pixels[:10]).abs().max() <= HIGHEST + 1e-6
+        everything, _ = seen_through(plane_waves(generator()), 1.0, inner)(Rows(), pixels, labels)
+        assert (len(everything), len(seen)) == (40, 1)
 
 
 def test_too_few_images_say_nothing():
@@ -310,6 +327,10 @@ class TestAFT:
         erasure = self.erase(Rows(2), clean_images(), steps=5, see_through=see_through)
         assert [(entry["step"], entry.get("under")) for entry in erasure.rounds][-2:] == then
         assert erasure.findings is first
+
+    def test_waves_on_all_images_leave_none_for_stand_ins(self):
+        erasure = self.erase(Rows(), clean_images(), steps=5, waves=1)
+        assert erasure.rounds[-1]["under"] == "plane waves"
 
     def test_without_waves_only_what_was_found_is_seen_through(self):
         erasure = self.erase(Rows(), clean_images(), steps=5, waves=0)

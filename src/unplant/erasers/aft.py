@@ -199,7 +199,9 @@ def to_see_through(
     config = config.but(sharpness=0)
     if found is not None:
         return config.but(adversarial_share=0), seen_through(found_shift(*found, generator), SHOWN, None), []
-    config = config.but(lr=config.lr / 2)
+    others = 1 - config.waves  # they carry as many stand-ins as a whole batch did
+    share = min(1.0, config.adversarial_share / others) if others else 0.0
+    config = config.but(lr=config.lr / 2, adversarial_share=share)
     inner, shared = step_one(infected, data, config, generator)
     return config, seen_through(plane_waves(generator), config.waves, inner), shared
 

@@ -80,7 +80,7 @@ def shared_stand_ins(
 
 
 def seen_through(shift: Callable[[Tensor], Tensor], share: float, inner: Change | None) -> Change:
-    """The last images of each batch, that share, under shifts, the others as `inner` changes them; the labels stay.
+    """The first images of each batch, that share, under shifts, the others as `inner` changes them; the labels stay.
 
     A purified model isn't led to the target any more, but it sees no better through a trigger that covers the image
     than one that never met it, and what no stand-in imitates is still there. Shown shifts under true labels, it learns
@@ -88,10 +88,11 @@ def seen_through(shift: Callable[[Tensor], Tensor], share: float, inner: Change 
     """
 
     def change(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if inner is not None:
-            pixels, labels = inner(model, pixels, labels)
-        kept = len(pixels) - round(share * len(pixels))
-        return torch.cat([pixels[:kept], (pixels[kept:] + shift(pixels[kept:])).clamp(0, 1)]), labels
+        count = round(share * len(pixels))
+        under, others = (pixels[:count] + shift(pixels[:count])).clamp(0, 1), pixels[count:]
+        if inner is not None and len(others):
+            others, _ = inner(model, others, labels[count:])
+        return torch.cat([under, others]), labels
 
     return change
 
