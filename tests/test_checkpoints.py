@@ -2,8 +2,10 @@
 
 import argparse
 import collections
+import contextlib
 import datetime
 import decimal
+import gc
 import io
 import json
 import pickle
@@ -303,6 +305,18 @@ def test_every_instruction_of_every_protocol_is_known_or_refused_by_name():
 def test_damaged_pickles_are_one_line(content):
     with pytest.raises(ModelFileError, match="damaged or no torch checkpoint"):
         read(content)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("content", [pickle.dumps([1]), b"\x80\2("])
+def test_the_search_for_cycles_is_as_it_was_afterwards(content, enabled):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with contextlib.suppress(ModelFileError):
+            PickleReader(Path("x.pth"), io.BytesIO(content)).read()
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_bytes_cut_off_or_changed_anywhere_are_a_model_file_error_or_a_value(tmp_path):
