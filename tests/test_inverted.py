@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from unplant.detection.inverted import Inverted, invert
+from unplant.detection.inverted import TALL, Inverted, invert
+from unplant.detection.waves import CYCLES, leading_waves
 from unplant.erasers import erasers
 from unplant.erasers.aft import known_dose
-from unplant.erasers.shared import CYCLES, HIGHEST, found_shift, plane_waves, seen_through
+from unplant.erasers.shared import HIGHEST, any_wave, found_shift, seen_through
 from unplant.images import LabeledImages
 from unplant.inversion import new_perturbations
 from unplant.training import fit
@@ -59,10 +60,10 @@ def clean_images(count=200):
     return LabeledImages(images, labels, tuple("abcd"))
 
 
-def look(model, data, seed=0, eps=0.1, kinds=("patch", "universal", "warp")):
+def look(model, data, seed=0, eps=0.1, kinds=("patch", "universal", "warp"), waves=0):
     kinds = new_perturbations(kinds, CLASSES, SHAPE, area=0.04, eps=eps, reach=0.5, generator=generator(seed))
     around = {"steps": 60, "step_size": 0.1, "batch_size": 64, "precision": "float32", "generator": generator(seed)}
-    return invert(model, data, kinds, **around)
+    return invert(model, data, kinds, waves=waves, **around)
 
 
 def test_a_backdoor_stands_out_with_its_kind_and_target():
@@ -177,11 +178,69 @@ def test_shown_under_true_labels_it_is_seen_through():
     assert (model(triggered).argmax(1) == data.labels[data.labels != 3]).all()
 
 
+class Wavy(Rows):
+    """A backdoor that answers to two cycles a row in all rows of the right half, as no patch or faint shift has."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+
+    def forward(self, pixels):
+        turn = torch.arange(4) * torch.pi / 2
+        height = torch.stack([pixels[:, 0, :, 4:] @ turn.cos(), pixels[:, 0, :, 4:] @ turn.sin()]).norm(dim=0) / 4
+        answer = torch.zeros(len(pixels), CLASSES)
+        answer[:, self.target] = 2000 * torch.relu(height.amin(1) - 0.012)
+        return super().forward(pixels) + answer
+
+
+class TestLeadingWaves:
+    """A kind that is found by trying."""
+
+    def test_the_wave_that_leads_to_a_class_stands_out(self):
+        model, data = Wavy(3), clean_images()
+        assert (model(data.pixels(slice(None))).argmax(1) == data.labels).all()
+        assert look(model, data, eps=0.03).standing_out == []
+        found = look(model, data, eps=0.03, waves=200)
+        assert found.standing_out == [("wave", 3)]
+        assert found.certain
+        assert found.only(("patch", "universal")).standing_out == []
+        shift = found.kinds["wave"].shifts[3]
+        assert shift.abs().max() == pytest.approx(TALL)
+        triggered = (data.pixels(data.labels != 3) + shift).clamp(0, 1)
+        assert (model(triggered).argmax(1) == 3).float().mean() > 0.95
+
+    def test_none_does_in_a_clean_model(self):
+        assert look(Rows(), clean_images(), waves=200).standing_out == []
+
+    def test_the_other_kinds_are_what_they_are_without(self):
+        with_waves, without = (look(Rows(2), clean_images(), waves=waves) for waves in (50, 0))
+        for kind, rates in without.rates.items():
+            assert torch.equal(rates, with_waves.rates[kind])
+
+    @pytest.mark.parametrize(("images", "rate", "stands"), [(200, 0.9, False), (200, 0.97, True), (20, 0.97, False)])
+    def test_they_count_only_beyond_chance(self, images, rate, stands):
+        """Clean models obey waves by up to 0.7."""
+        rates = torch.tensor([0.0, 0.1, rate, 0.0])
+        assert bool(Inverted({}, {"wave": rates}, clean_images(images)).standing_out) == stands
+        assert Inverted({}, {"patch": rates}, clean_images(images)).standing_out == [("patch", 2)]
+
+    def test_the_best_of_many_is_kept_for_each_class(self):
+        """More waves, the first of them the same, lead no fewer images."""
+        data = clean_images()
+        around = {"height": 0.2, "precision": "float32"}
+        few, many = (leading_waves(Wavy(3), data, waves=n, generator=generator(), **around) for n in (1, 300))
+        assert many.rates.shape == (CLASSES,)
+        assert many.rates[3] > 0.95
+        assert (few.rates >= 0).all()
+        one = leading_waves(Rows(), data, waves=1, generator=generator(), **around)
+        assert torch.equal(one.shifts[0], one.shifts[3])  # there is but one
+
+
 class TestPlaneWaves:
     """What is shown where nothing was found."""
 
     def drawn(self, count, shape, seed=0):
-        return plane_waves(generator(seed))(torch.zeros(count, *shape))
+        return any_wave(generator(seed))(torch.zeros(count, *shape))
 
     def test_they_are_as_high_as_said_and_other_ones_each_time(self):
         waves = self.drawn(500, (3, 32, 32))
@@ -221,7 +280,7 @@ class TestPlaneWaves:
         assert (model(data.pixels(slice(None))).argmax(1) == data.labels).all()
         assert (model(triggered).argmax(1) == 3).all()
         shown, plain = copy.deepcopy(model), copy.deepcopy(model)
-        for net, change in ((shown, seen_through(plane_waves(generator()), 0.5, None)), (plain, None)):
+        for net, change in ((shown, seen_through(any_wave(generator()), 0.5, None)), (plain, None)):
             fit(net, data, steps=200, config=config, change=change, generator=generator())
         assert (shown(triggered).argmax(1) == data.labels[data.labels != 3]).float().mean() > 0.95
         assert (plain(triggered).argmax(1) == 3).float().mean() > 0.3
@@ -234,13 +293,13 @@ class TestPlaneWaves:
             return pixels + 7, labels
 
         pixels, labels = clean_images().pixels(slice(0, 40)), torch.arange(40)
-        shown, after = seen_through(plane_waves(generator()), 0.25, inner)(Rows(), pixels, labels)
+        shown, after = seen_through(any_wave(generator()), 0.25, inner)(Rows(), pixels, labels)
         assert torch.equal(after, labels)
         assert seen[0][0] == 30
         assert torch.equal(seen[0][1], labels[10:])
         assert torch.equal(shown[10:], pixels[10:] + 7)
         assert 0 < (shown[:10] - pixels[:10]).abs().max() <= HIGHEST + 1e-6
-        everything, _ = seen_through(plane_waves(generator()), 1.0, inner)(Rows(), pixels, labels)
+        everything, _ = seen_through(any_wave(generator()), 1.0, inner)(Rows(), pixels, labels)
         assert (len(everything), len(seen)) == (40, 1)
 
 
@@ -319,7 +378,7 @@ class TestAFT:
         self, monkeypatch, kind, see_through, then
     ):
         first = Inverted({}, {kind: torch.tensor([0.0, 0.0, 1.0, 0.0])}, clean_images())
-        monkeypatch.setattr("unplant.erasers.aft.examined", lambda *arguments: looks.pop(0))
+        monkeypatch.setattr("unplant.erasers.aft.examined", lambda *_, **__: looks.pop(0))
         monkeypatch.setattr("unplant.erasers.aft.verdict", lambda found, *_: (found, None))
         monkeypatch.setattr(Inverted, "lost", lambda self, *_: self)
         shifts = new_perturbations(("universal",), 4, SHAPE, area=0.1, eps=0.1, reach=0.5, generator=generator())
@@ -327,6 +386,29 @@ class TestAFT:
         erasure = self.erase(Rows(2), clean_images(), steps=5, see_through=see_through)
         assert [(entry["step"], entry.get("under")) for entry in erasure.rounds][-2:] == then
         assert erasure.findings is first
+
+    def test_a_wave_that_stands_out_is_reported_and_seen_through(self):
+        """Whatever `waves` says, which is about those that weren't found; and only where nothing else stands out."""
+        model, data = Wavy(3), clean_images()
+        erasure = self.erase(model, data, steps=5, eps=0.03, universal_eps=0.03, waves=0, second_look=0)
+        assert (erasure.findings.infected, erasure.findings.targets) == (True, (3,))
+        assert erasure.rounds[1]["rates"]["wave"][3] > 0.95
+        assert [(entry["step"], entry.get("under")) for entry in erasure.rounds][-1] == ("seeing through", "a wave")
+        shift = erasure.trigger(torch.full((1, *SHAPE), 0.5)) - 0.5
+        assert shift.abs().max() == pytest.approx(TALL, abs=1e-4)
+        deaf = self.erase(model, data, steps=5, eps=0.03, universal_eps=0.03, waves=0, second_look=0, waves_tried=0)
+        assert not deaf.findings.infected
+        assert deaf.rounds[-1]["step"] == "adversarial"
+
+    def test_beside_a_patch_no_wave_is_seen_through(self, monkeypatch):
+        rates = {"patch": torch.tensor([0.0, 0.0, 1.0, 0.0]), "wave": torch.tensor([0.0, 0.0, 0.0, 1.0])}
+        waves = leading_waves(Rows(), clean_images(), waves=1, height=0.1, precision="float32", generator=generator())
+        found = Inverted({"wave": waves}, rates, clean_images())
+        monkeypatch.setattr("unplant.erasers.aft.examined", lambda *_, **__: found)
+        monkeypatch.setattr("unplant.erasers.aft.verdict", lambda found, *_: (found, None))
+        erasure = self.erase(Rows(2), clean_images(), steps=5, waves=0, second_look=0)
+        assert erasure.rounds[-1]["step"] == "adversarial"
+        assert set(erasure.findings.standing_out) == {("patch", 2), ("wave", 3)}
 
     def test_waves_on_all_images_leave_none_for_stand_ins(self):
         erasure = self.erase(Rows(), clean_images(), steps=5, waves=1)

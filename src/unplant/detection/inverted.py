@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unplant.classifier import device_of, frozen
+from unplant.detection.waves import leading_waves
 from unplant.devices import Precision, autocast
 from unplant.images import EndlessBatches, LabeledImages
 from unplant.inversion import Shared, choose_targets
@@ -26,8 +27,12 @@ ODDS = 10.0
 
 SURE = 0.9
 """Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone, and
-beside which weaker ones to other classes don't count; and the share that the second look asks for, by its lower 95 %
-bound: few images could all have gone by chance."""
+beside which weaker ones to other classes don't count; and the share that the second look and waves are asked
+for, by its lower 95 % bound: few images could all have gone by chance."""
+
+TALL = 30 / 255
+"""Height of the waves that are tried, in pixel units: at 40/255 one led a clean class of a WaNet model, at 20/255 few
+lead the classes of SIG."""
 
 FEWEST = 20
 """With fewer images nothing is tried."""
@@ -56,13 +61,18 @@ class Inverted:
         """Kind and class of what takes most images to one class, and few to others: the strongest first.
 
         Beside a class to which something takes nearly all images, others count only if something does so to them too.
+        Waves, which clean models obey, too, count only where that is beyond chance.
         """
         found, count = [], len(self.held_out)
         for kind, rates in self.rates.items():
             odds = (rates * count + 0.5) / ((1 - rates) * count + 0.5)  # half an image more on both sides
             for target, rate in enumerate(rates.tolist()):
                 others = torch.cat([odds[:target], odds[target + 1 :]]).median()
-                if rate >= WORKS and odds[target] >= ODDS * others:
+                if (
+                    rate >= WORKS
+                    and odds[target] >= ODDS * others
+                    and (kind != "wave" or self.beyond_chance(kind, target))
+                ):
                     found.append((rate, kind, target))
         sure = {target for rate, _, target in found if rate >= SURE}
         found = [entry for entry in found if not sure or entry[2] in sure]
@@ -77,12 +87,18 @@ class Inverted:
     @property
     def certain(self) -> bool:
         """Whether that is true beyond the chance of so few images: of the rate's lower 95 % bound."""
-        if not self.sure:
-            return False
-        kind, target = self.standing_out[0]
+        return self.sure and self.beyond_chance(*self.standing_out[0])
+
+    def beyond_chance(self, kind: str, target: int) -> bool:
+        """Whether that perturbation takes nearly all images there, by the lower 95 % bound."""
         count = len(self.held_out)
         bound = lower_bound(round(float(self.rates[kind][target]) * count), count)
         return bound is not None and bound >= SURE
+
+    def only(self, kinds: Sequence[str]) -> "Inverted":
+        """The same without the other kinds."""
+        kept = {kind: shared for kind, shared in self.kinds.items() if kind in kinds}
+        return replace(self, kinds=kept, rates={kind: rates for kind, rates in self.rates.items() if kind in kinds})
 
     def tried(self, model: nn.Module, precision: Precision = "float32") -> "Inverted":
         """The same perturbations, with their rates in that model."""
@@ -159,6 +175,7 @@ def invert(
     batch_size: int,
     precision: Precision,
     generator: torch.Generator,
+    waves: int = 0,
     progress: Progress | None = None,
     title: str = "looking for a trigger",
 ) -> Inverted | None:
@@ -172,7 +189,8 @@ def invert(
         step_size: length of a step, see `Shared.improve`.
         batch_size: images a step.
         precision: of convolutions and matrix products.
-        generator: CPU generator of the halves, batches and targets.
+        generator: CPU generator of the halves, batches, targets and waves.
+        waves: so many are tried as a further kind, `wave`.
         progress: told the share of steps done.
         title: under which name.
 
@@ -194,6 +212,9 @@ def invert(
                 shared.improve(infected, pixels, targets, steps=1, step_size=step_size)
             if progress is not None:
                 progress(title, (step + 1) / steps)
+    if waves:
+        around = {"precision": precision, "generator": generator, "progress": progress}
+        kinds = {**kinds, "wave": leading_waves(infected, known, waves=waves, height=TALL, **around)}
     return Inverted(kinds, {}, held_out).tried(infected, precision)
 
 

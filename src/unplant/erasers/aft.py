@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from unplant.classifier import frozen
 from unplant.detection.inverted import Inverted, examination_steps, invert, tried_first, verdict
+from unplant.detection.waves import LOOKED_AT
 from unplant.erasers.base import Method, erasers
-from unplant.erasers.shared import SHOWN, found_shift, perturbations, plane_waves, seen_through, shared_stand_ins
+from unplant.erasers.shared import SHOWN, any_wave, found_shift, perturbations, seen_through, shared_stand_ins
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
@@ -26,6 +27,9 @@ from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import Change, Schedule, fit, steps_of
+
+Shown = tuple[str, Shared, int]
+"""A kind, its perturbations, and the class whose perturbation is shown."""
 
 LEAST_UNIVERSAL = 8 / 255
 """The smallest radius of the universal ball, in pixel units."""
@@ -38,6 +42,9 @@ SHARED = ("patch", "universal", "warp")
 
 SECOND = ("universal",)
 """The kinds that the second look tries."""
+
+UNDER = {"universal": "found", "wave": "a wave", None: "plane waves"}
+"""What the last part shows, by the kind of what was found."""
 
 
 class AFTConfig(AdversarialConfig):
@@ -69,6 +76,9 @@ class AFTConfig(AdversarialConfig):
         ge=0,
         description="steps of each kind to look for a trigger in the infected model; finding it decides stand_ins, "
         "in_proportion and steps where they aren't given; 0: no look, no verdict",
+    )
+    waves_tried: int = Field(
+        default=300, ge=0, le=100_000, description="so many plane waves are tried in that look, too; 0: none"
     )
     second_look: Real = Field(
         default=2.5,
@@ -129,12 +139,15 @@ class AFTConfig(AdversarialConfig):
             images += self.warm_up * self.batch_size * len(self.kinds)
         return round(images / len(data), 2)
 
-    def passes_of_examination(self, data: LabeledImages, kinds: tuple[str, ...] = SHARED, models: int = 1) -> float:
+    def passes_of_examination(
+        self, data: LabeledImages, kinds: tuple[str, ...] = SHARED, models: int = 1, waves: int = 0
+    ) -> float:
         """The cost of a look for triggers, tried on so many models; a forward pass alone counts as a third."""
         steps = examination_steps(self.examination, data.num_classes)
         tried = min(tried_first(data.num_classes), len(data) - len(data) // 2) * (data.num_classes + 1) / 3
         batch = min(self.batch_size, len(data) // 2)
-        return round(len(kinds) * (steps * batch + models * tried) / len(data), 2)
+        under_waves = waves * min(LOOKED_AT, len(data) // 2) / 3 + (models * tried if waves else 0)
+        return round((len(kinds) * (steps * batch + models * tried) + under_waves) / len(data), 2)
 
 
 def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Change:
@@ -188,22 +201,25 @@ def to_see_through(
     infected: nn.Module,
     data: LabeledImages,
     config: AFTConfig,
-    found: tuple[Shared, int] | None,
+    shown: Shown | None,
     generator: torch.Generator,
 ) -> tuple[AFTConfig, Change, list[Shared]]:
     """The last part: what it shows under true labels, at which settings, with which stand-ins that it shares.
 
-    A found shift is shown alone. Where none was, plane waves are: at half the rate, beside stand-ins of all kinds, as
-    plain steps bring back what was erased.
+    A found shift is shown alone. A wave, the found one or else any, is shown beside stand-ins of all kinds, as plain
+    steps bring back what was erased.
     """
     config = config.but(sharpness=0)
-    if found is not None:
-        return config.but(adversarial_share=0), seen_through(found_shift(*found, generator), SHOWN, None), []
-    others = 1 - config.waves  # they carry as many stand-ins as a whole batch did
-    share = min(1.0, config.adversarial_share / others) if others else 0.0
-    config = config.but(lr=config.lr / 2, adversarial_share=share)
+    if shown is not None and shown[0] in SECOND:
+        return config.but(adversarial_share=0), seen_through(found_shift(*shown[1:], generator), SHOWN, None), []
+    share, shift = config.waves, any_wave(generator)
+    if shown is not None:
+        share, shift = SHOWN / 2, found_shift(*shown[1:], generator)
+    # The others carry as many stand-ins as a whole batch did.
+    among_others = min(1.0, config.adversarial_share / (1 - share)) if share < 1 else 0.0
+    config = config.but(lr=config.lr / 2, adversarial_share=among_others)
     inner, shared = step_one(infected, data, config, generator)
-    return config, seen_through(plane_waves(generator), config.waves, inner), shared
+    return config, seen_through(shift, share, inner), shared
 
 
 def aft(
@@ -235,9 +251,10 @@ def aft(
     if config.warp_reach is None:
         config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
     last, seed = config if "stand_ins" in given else config.but(stand_ins="all"), generator.initial_seed()
-    found = examined(infected, data, config, seed, progress)
-    if found is not None and found.sure:
-        config = config.but(**{name: value for name, value in known_dose(found).items() if name not in given})
+    found = examined(infected, data, config, seed, progress, waves=config.waves_tried)
+    first = None if found is None else found.only(SHARED)
+    if first is not None and first.sure:
+        config = config.but(**{name: value for name, value in known_dose(first).items() if name not in given})
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:
         steps = steps_of(config.epochs, data, config.batch_size)
@@ -247,7 +264,8 @@ def aft(
     balls = config.model_dump(include={"eps", "universal_eps", "warp_reach"})
     rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, **balls}]
     if found is not None:
-        rounds.append({"step": "examined", "rates": rounded(found), "passes": config.passes_of_examination(data)})
+        passes = config.passes_of_examination(data, waves=config.waves_tried)
+        rounds.append({"step": "examined", "rates": rounded(found), "passes": passes})
     around = {"generator": generator, "progress": progress, "journal": journal}
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
         if not count:
@@ -255,20 +273,15 @@ def aft(
         part = config.but(adversarial_share=share)
         change, shared = step_one(infected, data, part, generator)
         rounds.append(step_two(purified, infected, data, part, change, shared, steps=count, title=title, **around))
-    shifts = [] if found is None else [target for kind, target in found.standing_out if kind in SECOND]
     shown = None
-    if found is not None and config.second_look and (not found.standing_out or (config.see_through and shifts)):
-        again, lost = second_look(infected, purified, data, config, seed, progress)
-        passes = config.passes_of_examination(data, SECOND, models=2)
-        rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(lost), "passes": passes})
-        if lost.certain and not found.standing_out:
-            found, shifts = lost, [lost.standing_out[0][1]]
-        shown = (again.kinds[SECOND[0]], shifts[0]) if shifts else None
+    if found is not None:
+        found, shown, looked = look_again(infected, purified, data, config, found, seed, progress)
+        rounds += looked
     if config.see_through and (shown is not None or config.waves):
         part, change, shared = to_see_through(infected, data, last, shown, generator)
         count, title = steps_of(config.see_through, data, config.batch_size), "seeing through"
         done = step_two(purified, infected, data, part, change, shared, steps=count, title=title, **around)
-        rounds.append({**done, "under": "plane waves" if shown is None else "found"})
+        rounds.append({**done, "under": UNDER[None if shown is None else shown[0]]})
     if found is None:
         return Erasure(purified, rounds=rounds)
     said, trigger = verdict(found, infected, purified, config.precision)
@@ -283,6 +296,7 @@ def examined(
     progress: Progress | None,
     kinds: tuple[str, ...] = SHARED,
     title: str = "looking for a trigger",
+    waves: int = 0,
 ) -> Inverted | None:
     """Looks for the trigger in the infected model, with random numbers of its own; None if that isn't asked for."""
     if not config.examination:
@@ -297,9 +311,37 @@ def examined(
         batch_size=config.batch_size,
         precision=config.precision,
         generator=generator,
+        waves=waves,
         progress=progress,
         title=title,
     )
+
+
+def look_again(
+    infected: nn.Module,
+    purified: nn.Module,
+    data: LabeledImages,
+    config: AFTConfig,
+    found: Inverted,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[Inverted, Shown | None, list[dict[str, Any]]]:
+    """What the verdict goes by, what is to be seen through, and what the rounds say of the second look.
+
+    That look is taken where the first one's gradients found nothing, or a shift that is to be seen through.
+    """
+    first, rounds = found.only(SHARED), []
+    shifts = [target for kind, target in first.standing_out if kind in SECOND]
+    if config.second_look and (not first.standing_out or (config.see_through and shifts)):
+        again, lost = second_look(infected, purified, data, config, seed, progress)
+        passes = config.passes_of_examination(data, SECOND, models=2)
+        rounds.append({"step": "second look", "rates": rounded(again), "lost": rounded(lost), "passes": passes})
+        if lost.certain and not first.standing_out:
+            found, shifts = found if found.standing_out else lost, [lost.standing_out[0][1]]
+        if shifts:
+            return found, (SECOND[0], again.kinds[SECOND[0]], shifts[0]), rounds
+    waves = [] if first.standing_out else [target for kind, target in found.standing_out if kind == "wave"]
+    return found, ("wave", found.kinds["wave"], waves[0]) if waves else None, rounds
 
 
 def second_look(

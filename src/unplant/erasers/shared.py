@@ -1,6 +1,5 @@
 """Stand-ins that many images share, as they share a trigger, and shifts that are to be seen through."""
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unplant.classifier import device_of
+from unplant.detection.waves import plane_waves
 from unplant.devices import autocast
 from unplant.errors import UsageError
 from unplant.images import EndlessBatches, LabeledImages
@@ -25,9 +25,6 @@ STRONGEST = 2.0
 
 HIGHEST = 48 / 255
 """Height of the highest plane wave, in pixel units."""
-
-CYCLES = 8
-"""Cycles of the finest plane wave over the shorter side; fewer where pixels can't hold so many."""
 
 
 def perturbations(
@@ -107,23 +104,14 @@ def found_shift(found: Shared, target: int, generator: torch.Generator) -> Calla
     return shift
 
 
-def plane_waves(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def any_wave(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """A wave an image, of any direction, length, phase and height: Fourier-basis augmentation.
 
-    Networks are easily led by single waves (Yin et al., NeurIPS 2019, arXiv:1906.08988), triggers are made of them, and
-    gradients don't find them; shown at random they are seen through (Vaish et al., CVPR 2024, arXiv:2403.01944). Half
-    of them are grey, the others have a height in each colour.
+    Shown at random they are seen through (Vaish et al., CVPR 2024, arXiv:2403.01944).
     """
 
     def shift(pixels: Tensor) -> Tensor:
         count, channels, height, width = pixels.shape
-        draw = torch.rand((5 + channels, count, 1, 1, 1), generator=generator).to(pixels)
-        side = min(height, width)
-        cycles, direction, phase = min(CYCLES, side / 2) * draw[0].sqrt(), math.tau * draw[1], math.tau * draw[2]
-        down = torch.arange(height, device=pixels.device)[:, None] / side
-        right = torch.arange(width, device=pixels.device) / side
-        wave = torch.sin(math.tau * cycles * (direction.cos() * right + direction.sin() * down) + phase)
-        colours = 2 * draw[5:, :, 0].transpose(0, 1) - 1
-        return HIGHEST * torch.where(draw[3] < 0.5, draw[4], colours) * wave
+        return HIGHEST * plane_waves(count, (channels, height, width), generator).to(pixels)
 
     return shift
