@@ -9,7 +9,7 @@ from torch import nn
 from unplant.detection.inverted import TALL, Inverted, invert
 from unplant.detection.waves import CYCLES, leading_waves
 from unplant.erasers import erasers
-from unplant.erasers.aft import known_dose
+from unplant.erasers.looks import known_dose
 from unplant.erasers.shared import HIGHEST, any_wave, found_shift, seen_through
 from unplant.images import LabeledImages
 from unplant.inversion import new_perturbations
@@ -378,7 +378,8 @@ class TestAFT:
         self, monkeypatch, kind, see_through, then
     ):
         first = Inverted({}, {kind: torch.tensor([0.0, 0.0, 1.0, 0.0])}, clean_images())
-        monkeypatch.setattr("unplant.erasers.aft.examined", lambda *_, **__: looks.pop(0))
+        for module in ("aft", "looks"):
+            monkeypatch.setattr(f"unplant.erasers.{module}.examined", lambda *_, **__: looks.pop(0))
         monkeypatch.setattr("unplant.erasers.aft.verdict", lambda found, *_: (found, None))
         monkeypatch.setattr(Inverted, "lost", lambda self, *_: self)
         shifts = new_perturbations(("universal",), 4, SHAPE, area=0.1, eps=0.1, reach=0.5, generator=generator())
