@@ -420,7 +420,7 @@ def test_what_was_found_in_the_model_itself_is_said_in_other_words():
     found = Findings(True, (2,), "inversion", trigger_before=0.99, trigger_after=0.02)
     assert verdict(found, ("ant", "bee", "cat")) == [
         "Verdict: infected. Target label: cat; estimated ASR that is left 2.0 %.",
-        "A trigger inverted from the infected model changes its mind on 99.0 % of other images, the purified "
+        "A trigger found in the infected model changes its mind on 99.0 % of other images, the purified "
         "model's on 2.0 %.",
     ]
     (nothing,) = verdict(Findings(False, (), "inversion"), ("ant", "bee", "cat"))

@@ -82,8 +82,8 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
     """What a run found out about the backdoor, in sentences."""
     if not found.infected and found.by == "inversion":
         return [
-            "Verdict: no trigger found. No patch, shift or warp takes most images to one class; triggers of another "
-            "kind, or of each image's own, would look the same, so the model was fine-tuned all the same."
+            "Verdict: no trigger found. No patch, shift, warp or plane wave takes most images to one class; triggers "
+            "of another kind, or of each image's own, would look the same, so the model was fine-tuned all the same."
         ]
     doubt = [
         f"In doubt: {listed(found.in_doubt, classes)}. Some images there stand apart from their class, or hang on "
@@ -104,7 +104,7 @@ def verdict(found: Findings, classes: Sequence[str]) -> list[str]:
     if found.by == "inversion":
         return [
             *lines,
-            "A trigger inverted from the infected model changes its mind on "
+            "A trigger found in the infected model changes its mind on "
             f"{percent(found.trigger_before)} of other images, the purified model's on {percent(found.trigger_after)}.",
         ]
     if found.trigger_before is not None:

@@ -22,16 +22,21 @@ LOOKED_AT = 100
 """So many images each wave is tried on."""
 
 
-def plane_waves(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+def drawn_at_random(count: int, channels: int, generator: torch.Generator) -> Tensor:
+    """What `plane_waves` are made of: numbers in [0, 1), float (5 + C, N)."""
+    return torch.rand((5 + channels, count), generator=generator)
+
+
+def plane_waves(draw: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Waves of any direction, length, phase and height, float (N, C, H, W) in [-1, 1]: the Fourier basis.
 
-    Half of them are grey, the others have a height in each colour.
+    Half of them are grey, the others have a height in each colour. Numbers from `drawn_at_random` say which.
     """
-    channels, height, width = shape
-    draw = torch.rand((5 + channels, count, 1, 1, 1), generator=generator)
-    side = min(height, width)
+    _, height, width = shape
+    draw, side = draw[..., None, None, None], min(height, width)
     cycles, direction, phase = min(CYCLES, side / 2) * draw[0].sqrt(), math.tau * draw[1], math.tau * draw[2]
-    down, right = torch.arange(height)[:, None] / side, torch.arange(width) / side
+    down = torch.arange(height, device=draw.device)[:, None] / side
+    right = torch.arange(width, device=draw.device) / side
     wave = torch.sin(math.tau * cycles * (direction.cos() * right + direction.sin() * down) + phase)
     colours = 2 * draw[5:, :, 0].transpose(0, 1) - 1
     return torch.where(draw[3] < 0.5, draw[4], colours) * wave
@@ -59,16 +64,24 @@ def leading_waves(
         generator: CPU generator of the waves.
         progress: told the share that is done.
         title: under which name.
+
+    Returns:
+        One wave a class, and the share of those images that it took there.
     """
-    drawn = plane_waves(waves, data.shape, generator)
-    drawn = height * drawn / drawn.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+    def as_high(draw: Tensor) -> Tensor:
+        wave = plane_waves(draw, data.shape)
+        return height * wave / wave.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+    draw = drawn_at_random(waves, data.shape[0], generator)
     data, device, classes = data.select(torch.arange(len(data))[:LOOKED_AT]), device_of(infected), data.num_classes
     pixels, rates = data.pixels(slice(None)).to(device), torch.zeros(waves, classes)
     with frozen(infected), torch.no_grad(), autocast(device, precision):
         others = torch.ones(len(data), classes, dtype=torch.bool)
         for known in (data.labels, infected(pixels).argmax(1).cpu()):
             others[torch.arange(len(data)), known] = False
-        for number, wave in enumerate(drawn.to(device)):
+        for number in range(waves):  # one at a time, as large images' waves fill the memory
+            wave = as_high(draw[:, number : number + 1]).to(device)
             said = infected((pixels + wave).clamp(0, 1)).argmax(1).cpu()
             went = torch.zeros_like(others)
             went[torch.arange(len(data)), said] = True
@@ -76,4 +89,4 @@ def leading_waves(
             if progress is not None:
                 progress(title, (number + 1) / waves)
     best = rates.max(0)
-    return Shifts(drawn[best.indices], best.values, height)
+    return Shifts(as_high(draw[:, best.indices]), best.values, height)

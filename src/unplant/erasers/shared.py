@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unplant.classifier import device_of
-from unplant.detection.waves import plane_waves
+from unplant.detection.waves import drawn_at_random, plane_waves
 from unplant.devices import autocast
 from unplant.errors import UsageError
 from unplant.images import EndlessBatches, LabeledImages
@@ -112,6 +112,7 @@ def any_wave(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
 
     def shift(pixels: Tensor) -> Tensor:
         count, channels, height, width = pixels.shape
-        return HIGHEST * plane_waves(count, (channels, height, width), generator).to(pixels)
+        draw = drawn_at_random(count, channels, generator).to(pixels)
+        return HIGHEST * plane_waves(draw, (channels, height, width))
 
     return shift
