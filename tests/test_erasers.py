@@ -278,7 +278,7 @@ class TestContract:
             config, seed = quick(method), torch.Generator().manual_seed(0)
             with pytest.raises(InterruptedError):
                 method.run(model, data, config, generator=seed, progress=stop, journal=journal)
-            if told[cut][0] != "looking for a trigger":  # which is no training, and done again
+            if not told[cut][0].startswith("looking for "):  # which is no training, and done again
                 assert any((tmp_path / str(cut)).iterdir()), "nothing was written down: this eraser can't go on"
             again = method.run(model, data, config, generator=torch.Generator().manual_seed(0), journal=journal)
             assert all(torch.equal(whole[key], value) for key, value in again.model.state_dict().items())
