@@ -79,11 +79,11 @@ class AFTConfig(AdversarialConfig):
     see_through: Real = Field(
         default=20,
         ge=0,
-        description="epochs of a last part in which images carry that shift under their own labels; 0: none",
+        description="epochs of a last part in which images carry the shift or wave under their labels; 0: none",
     )
     waves: Share = Field(
         default=0,
-        description="where no shift was found: share of that part's images which carry plane waves; 0: no such part",
+        description="where neither was found: share of that part's images which carry any plane wave; 0: no such part",
     )
     patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
     universal_eps: Pixel | None = Field(
