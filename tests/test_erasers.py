@@ -22,6 +22,7 @@ from unplant.models import build
 
 QUICK = {
     "examination": 2,
+    "waves_tried": 6,
     "initial": "random",
     "steps": 2,
     "clean_steps": 2,

@@ -235,6 +235,28 @@ class TestLeadingWaves:
         one = leading_waves(Rows(), data, waves=1, generator=generator(), **around)
         assert torch.equal(one.shifts[0], one.shifts[3])  # there is but one
 
+    def test_better_ones_are_sought_near_the_best(self, monkeypatch):
+        """Where waves lead to a class, and only there; what is tried is within the promised number."""
+        data, tried, told = clean_images(), [], []
+        model, around = Wavy(3), {"height": 0.06, "precision": "float32", "progress": lambda *at: told.append(at[1])}
+        counting = model.register_forward_hook(lambda *_: tried.append(1))
+        with_them = leading_waves(model, data, waves=60, generator=generator(), **around)
+        assert len(tried) == len(told) == 1 + 60 + 20
+        assert told[-1] == 1
+        monkeypatch.setattr("unplant.detection.waves.AGAIN", 0)
+        without = leading_waves(model, data, waves=60, generator=generator(), **around)
+        counting.remove()
+        assert 0.5 < without.rates[3] < with_them.rates[3] - 0.05
+        assert torch.equal(without.rates[:3], with_them.rates[:3])
+        assert with_them.shifts.abs().amax((1, 2, 3)).tolist() == pytest.approx([0.06] * CLASSES)
+
+    def test_where_none_leads_to_a_class_no_more_are_tried(self):
+        told = []
+        around = {"height": 0.06, "precision": "float32", "progress": lambda *at: told.append(at[1])}
+        assert leading_waves(Rows(), clean_images(), waves=60, generator=generator(), **around).rates.max() < 0.5
+        assert len(told) == 61
+        assert told[-1] == 1
+
 
 class TestPlaneWaves:
     """What is shown where nothing was found."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unplant.classifier import frozen
 from unplant.detection.inverted import examination_steps, tried_first, verdict
-from unplant.detection.waves import LOOKED_AT
+from unplant.detection.waves import most_shown
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.looks import LEAST_UNIVERSAL, SECOND, SHARED, Shown, examined, known_dose, look_again, rounded
 from unplant.erasers.shared import SHOWN, any_wave, found_shift, seen_through, shared_stand_ins
@@ -66,7 +66,10 @@ class AFTConfig(AdversarialConfig):
         "in_proportion and steps where they aren't given; 0: no look, no verdict",
     )
     waves_tried: int = Field(
-        default=300, ge=0, le=100_000, description="so many plane waves are tried in that look, too; 0: none"
+        default=300,
+        ge=0,
+        le=100_000,
+        description="so many plane waves are tried in that look, too, and a third as many near the best; 0: none",
     )
     second_look: Real = Field(
         default=2.5,
@@ -130,11 +133,11 @@ class AFTConfig(AdversarialConfig):
     def passes_of_examination(
         self, data: LabeledImages, kinds: tuple[str, ...] = SHARED, models: int = 1, waves: int = 0
     ) -> float:
-        """The cost of a look for triggers, tried on so many models; a forward pass alone counts as a third."""
+        """The most that a look for triggers costs, tried on so many models; a forward pass alone counts as a third."""
         steps = examination_steps(self.examination, data.num_classes)
         tried = min(tried_first(data.num_classes), len(data) - len(data) // 2) * (data.num_classes + 1) / 3
         batch = min(self.batch_size, len(data) // 2)
-        under_waves = waves * min(LOOKED_AT, len(data) // 2) / 3 + (models * tried if waves else 0)
+        under_waves = most_shown(waves, len(data) // 2) / 3 + (models * tried if waves else 0)
         return round((len(kinds) * (steps * batch + models * tried) + under_waves) / len(data), 2)
 
 
