@@ -190,7 +190,7 @@ def invert(
         batch_size: images a step.
         precision: of convolutions and matrix products.
         generator: CPU generator of the halves, batches, targets and waves.
-        waves: so many are tried as a further kind, `wave`.
+        waves: so many are tried as a further kind, `wave`, where none of the others is sure.
         progress: told the share of steps done.
         title: under which name.
 
@@ -212,10 +212,13 @@ def invert(
                 shared.improve(infected, pixels, targets, steps=1, step_size=step_size)
             if progress is not None:
                 progress(title, (step + 1) / steps)
-    if waves:
-        around = {"precision": precision, "generator": generator, "progress": progress}
-        kinds = {**kinds, "wave": leading_waves(infected, known, waves=waves, height=TALL, **around)}
-    return Inverted(kinds, {}, held_out).tried(infected, precision)
+    found = Inverted(kinds, {}, held_out).tried(infected, precision)
+    if not waves or found.sure:
+        return found
+    around = {"precision": precision, "generator": generator, "progress": progress}
+    tried = {"wave": leading_waves(infected, known, waves=waves, height=TALL, **around)}
+    led = Inverted(tried, {}, held_out).tried(infected, precision)
+    return replace(found, kinds={**found.kinds, **led.kinds}, rates={**found.rates, **led.rates})
 
 
 def verdict(

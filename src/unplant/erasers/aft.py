@@ -69,7 +69,7 @@ class AFTConfig(AdversarialConfig):
         default=300,
         ge=0,
         le=100_000,
-        description="so many plane waves are tried in that look, too, and a third as many near the best; 0: none",
+        description="if that look isn't sure, so many plane waves are tried, a third as many near the best; 0: none",
     )
     second_look: Real = Field(
         default=2.5,
@@ -255,7 +255,7 @@ def aft(
     balls = config.model_dump(include={"eps", "universal_eps", "warp_reach"})
     rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, **balls}]
     if found is not None:
-        passes = config.passes_of_examination(data, waves=config.waves_tried)
+        passes = config.passes_of_examination(data, waves=config.waves_tried if "wave" in found.rates else 0)
         rounds.append({"step": "examined", "rates": rounded(found), "passes": passes})
     around = {"generator": generator, "progress": progress, "journal": journal}
     for title, count, share in (("adversarial", steps, config.adversarial_share), ("recovery", clean_steps, 0.0)):
