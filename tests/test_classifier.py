@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unplant.behaviour import check_fits
-from unplant.classifier import Classifier, activations, features, frozen, logits
+from unplant.classifier import Classifier, activations, features, frozen, logits, penultimate
 from unplant.errors import ModelFileError
 from unplant.images import LabeledImages
 from unplant.models import build
@@ -104,6 +104,7 @@ def test_features_follow_the_order_of_running_not_of_declaration(some):
 def test_a_model_without_linear_layers_gives_its_logits(some):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert torch.equal(features(model, some), logits(model, some))
+    assert penultimate(model, some.pixels())[2] is None
 
 
 def test_activations_are_pooled_inputs_of_layers_over_the_depth(trained, some):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from unplant.erasers.aft import AFTConfig, shared_stand_ins, with_belief
+from unplant.classifier import penultimate
+from unplant.erasers.aft import AFTConfig, shared_stand_ins
+from unplant.erasers.teacher import taught_by
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.inversion import Patches, Shifts, Warps, choose_targets, new_perturbations, within_area
@@ -250,14 +252,15 @@ def test_as_many_stand_ins_are_taught_as_work_and_no_fewer_than_the_least(rate, 
     assert not torch.equal(shifts.shifts, shift)
 
 
-def test_belief_mixes_labels_with_the_models_word_on_plain_images(spot, pixels):
+def test_the_infected_model_teaches_its_word_and_its_eye_of_the_plain_image(spot, pixels):
     labels = torch.arange(30) % CLASSES
-    change = with_belief(spot, lambda model, x, y: (x * 0, y), 0.25)
-    moved, targets = change(spot, pixels, labels)
+    moved, targets, seen = taught_by(spot, lambda model, x, y: (x * 0, y), 0.25)(spot, pixels, labels)
     assert not moved.any()
-    said = spot.eval()(pixels).softmax(1)
-    expected = 0.25 * said + 0.75 * torch.eye(CLASSES)[labels]
+    said, features, _ = penultimate(spot.eval(), pixels)
+    expected = 0.25 * said.softmax(1) + 0.75 * torch.eye(CLASSES)[labels]
     assert torch.allclose(targets, expected, atol=1e-6)
+    assert torch.allclose(seen, features, atol=1e-6)
+    assert not seen.requires_grad
 
 
 def test_wrong_sizes_are_usage_errors():

@@ -10,8 +10,8 @@ from attack_helpers import TINY, random_data, ready
 from unplant.attacks.label_consistent import LabelConsistent
 from unplant.attacks.ssba import SSBA
 from unplant.attacks.surrogate import keep, rebuild
-from unplant.attacks.trojannn import TrojanNN, best_connected, penultimate
-from unplant.classifier import features
+from unplant.attacks.trojannn import TrojanNN, best_connected
+from unplant.classifier import features, penultimate
 from unplant.data import digits
 from unplant.errors import UsageError
 from unplant.images import to_pixels, to_stored
@@ -210,7 +210,7 @@ def test_the_best_connected_neurons_have_the_largest_sum_of_absolute_weights(tra
     sums = [float(weight[:, neuron].abs().sum()) for neuron in range(weight.shape[1])]
     expected = sorted(range(len(sums)), key=lambda neuron: -sums[neuron])[:3]
     assert best_connected(trained, digits_test.pixels(slice(0, 1)), 3).tolist() == expected
-    seen = penultimate(trained, digits_test.pixels())[0]
+    seen = penultimate(trained, digits_test.pixels())[1]
     assert torch.allclose(seen, features(trained, digits_test), atol=1e-5)  # batches of 128 there
 
 
@@ -227,7 +227,7 @@ def test_the_patch_raises_its_neurons_far_above_random_patches(trained, digits_t
         shape = torch.tensor(test.shape)
         stamped = trigger.with_tensors({"patch": to_stored(square), "shape": shape}).stamp(test.images)
         with torch.no_grad():
-            return float(penultimate(trained, to_pixels(stamped))[0][:, chosen].mean())
+            return float(penultimate(trained, to_pixels(stamped))[1][:, chosen].mean())
 
     random = [fired(torch.rand(1, 8, 8, generator=generator)) for _ in range(20)]
     assert fired(patch) > max(random)

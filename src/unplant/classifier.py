@@ -107,29 +107,31 @@ def _by_batches(
     return parts
 
 
-@torch.no_grad()
-def features(model: nn.Module, data: LabeledImages, batch_size: int = 128, precision: Precision = "float32") -> Tensor:
-    """Penultimate features (N, D) on the CPU: what goes into the linear layer that runs last.
+def penultimate(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, nn.Linear | None]:
+    """Logits, penultimate features (N, D): what goes into the linear layer that runs last, and that layer.
 
-    A model without linear layers gives its logits.
+    With their gradients. A model without linear layers gives its logits twice, and None.
     """
-    seen: list[Tensor] = []
+    seen: list[tuple[nn.Linear, Tensor]] = []
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0].detach())
+        if isinstance(module, nn.Linear):
+            seen.append((module, inputs[0]))
 
     hooks = [m.register_forward_pre_hook(remember) for m in model.modules() if isinstance(m, nn.Linear)]
-
-    def look(pixels: Tensor) -> Tensor:
-        seen.clear()
-        out = model(pixels)
-        return (seen[-1] if seen else out).flatten(1).float().cpu()
-
     try:
-        parts = _by_batches(model, data, batch_size, precision, look)
+        out = model(pixels)
     finally:
         for hook in hooks:
             hook.remove()
+    layer, inputs = seen[-1] if seen else (None, out)
+    return out, inputs.flatten(1), layer
+
+
+@torch.no_grad()
+def features(model: nn.Module, data: LabeledImages, batch_size: int = 128, precision: Precision = "float32") -> Tensor:
+    """Penultimate features (N, D) on the CPU, see `penultimate`."""
+    parts = _by_batches(model, data, batch_size, precision, lambda pixels: penultimate(model, pixels)[1].float().cpu())
     return torch.cat(parts)
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.augment import Augment, augment
-from unplant.classifier import Classifier, device_of
+from unplant.classifier import Classifier, device_of, penultimate
 from unplant.devices import Precision, autocast, is_out_of_memory
 from unplant.errors import NumericalError, OutOfMemoryError
 from unplant.images import EndlessBatches, LabeledImages
@@ -31,6 +31,9 @@ Change = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 Other networks' parameters on which the pixels depend get their gradient from the step's backward pass too.
 """
+
+Lesson = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""The same, and the penultimate features that the model should have of these pixels, float (N, D)."""
 
 
 class Remembering(Protocol):
@@ -76,10 +79,11 @@ def fit(
     steps: int,
     config: FitConfig,
     generator: torch.Generator,
-    change: Change | None = None,
+    change: Change | Lesson | None = None,
     memory: Sequence[Remembering] = (),
     sharpness: float = 0.0,
     filter_length: float = 0.0,
+    likeness: float = 0.0,
     progress: Progress | None = None,
     title: str = "training",
     journal: Journal = NOTHING,
@@ -100,6 +104,8 @@ def fit(
         sharpness: radius of the step in the weights at whose end gradients are taken, see `sharpest`; 0: none.
         filter_length: long filters that are free in their length take steps as if it were that, squared, see
             `stretches`; 0: they don't.
+        likeness: weight of the features that `change` gives: added to the loss is the squared distance of the model's
+            from them, in shares of their mean square.
         progress: told the share of steps done.
         title: what `progress` is told.
         journal: where the training is written down, and taken up again if it was cut off. What decides it must be among
@@ -112,7 +118,7 @@ def fit(
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        running = Running(model, data, config, generator, memory, sharpness, filter_length)
+        running = Running(model, data, config, generator, memory, sharpness, filter_length, likeness)
         page = running.page(journal, title, steps)
         running.restore(page.read())
         modes = [(module, module.training) for module in model.modules()]
@@ -154,8 +160,9 @@ class Running:
         memory: Sequence[Remembering],
         sharpness: float,
         filter_length: float,
+        likeness: float,
     ) -> None:
-        self.sharpness, self.filter_length = sharpness, filter_length
+        self.sharpness, self.filter_length, self.likeness = sharpness, filter_length, likeness
         self.model, self.data, self.config, self.generator, self.memory = model, data, config, generator, memory
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.SGD(
@@ -181,10 +188,11 @@ class Running:
         if journal.folder is None or len(weights_of(self.model)) < len(self.model.state_dict()):
             return NOTHING.page(tensors=())
         settings = self.config.model_dump(mode="json")
-        about = (title, steps, settings, self.sharpness, self.filter_length, self.data.fingerprint(), str(self.device))
+        how = (self.sharpness, self.filter_length, self.likeness)
+        about = (title, steps, settings, *how, self.data.fingerprint(), str(self.device))
         return journal.page(*about, tensors=self.state().values())
 
-    def step(self, lr: float, change: Change | None) -> None:
+    def step(self, lr: float, change: Change | Lesson | None) -> None:
         """One step; if memory runs out, once more with parts half as large."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -215,29 +223,34 @@ class Running:
         self.done += 1
         self.fresh = True
 
-    def _gradients(self, indices: Tensor, change: Change | None) -> Tensor:
+    def _gradients(self, indices: Tensor, change: Change | Lesson | None) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
         batch = augment(self.data.pixels(indices).to(self.device), self.config, self.generator)
         given = self.data.labels[indices].to(self.device)
         total = torch.zeros((), device=self.device)
-        shown: list[tuple[Tensor, Tensor]] = []
+        shown: list[tuple[Tensor, ...]] = []
         for pixels, labels in zip(batch.chunk(self.parts), given.chunk(self.parts), strict=True):
             self.model.train()
+            lesson: tuple[Tensor, ...] = pixels, labels
             if change is not None:
                 with autocast(self.device, self.config.precision):
-                    pixels, labels = change(self.model, pixels, labels)
-            total += self._backward(pixels, labels, len(batch))
-            shown.append((pixels.detach(), labels))
+                    lesson = change(self.model, pixels, labels)
+            total += self._backward(len(batch), *lesson)
+            shown.append((lesson[0].detach(), *lesson[1:]))
         if self.sharpness:
             with sharpest(self.model, self.sharpness):
-                for pixels, labels in shown:
-                    self._backward(pixels, labels, len(batch))
+                for lesson in shown:
+                    self._backward(len(batch), *lesson)
         return total
 
-    def _backward(self, pixels: Tensor, labels: Tensor, whole: int) -> Tensor:
+    def _backward(self, whole: int, pixels: Tensor, labels: Tensor, features: Tensor | None = None) -> Tensor:
         with autocast(self.device, self.config.precision):
-            out = self.model(pixels)
-        loss = F.cross_entropy(out.float(), labels) * (len(pixels) / whole)
+            out, seen, _ = penultimate(self.model, pixels)
+        loss = F.cross_entropy(out.float(), labels)
+        if features is not None and self.likeness:
+            apart = (seen.float() - features).square().sum(1) / features.square().sum(1).mean().clamp(min=1e-12)
+            loss = loss + self.likeness * apart.mean()
+        loss = loss * (len(pixels) / whole)
         loss.backward()
         return loss.detach()
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unplant.attacks.surrogate import UsesSurrogate
-from unplant.classifier import device_of, frozen
+from unplant.classifier import device_of, frozen, penultimate
 from unplant.errors import UsageError
 from unplant.images import LabeledImages, to_pixels, to_stored
 from unplant.params import Real, Share
@@ -82,7 +82,7 @@ class TrojanNN(UsesSurrogate, LearnedTrigger):
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
             chosen = best_connected(model, background[:1], self.neurons)
             for _ in range(self.steps):
-                fired = penultimate(model, _stamped(background, (raw.tanh() + 1) / 2))[0][:, chosen]
+                fired = penultimate(model, _stamped(background, (raw.tanh() + 1) / 2))[1][:, chosen]
                 loss = (self.target_value - fired).square().sum(1).mean()
                 (raw.grad,) = torch.autograd.grad(loss, raw)
                 optimiser.step()
@@ -91,32 +91,15 @@ class TrojanNN(UsesSurrogate, LearnedTrigger):
 
 
 def best_connected(model: nn.Module, pixels: Tensor, count: int) -> Tensor:
-    """Indices of the `count` inputs of the last linear layer with the largest sum of absolute weights."""
-    return penultimate(model, pixels)[1].weight.detach().abs().sum(0).argsort(descending=True, stable=True)[:count]
-
-
-def penultimate(model: nn.Module, pixels: Tensor) -> tuple[Tensor, nn.Linear]:
-    """What goes into the linear layer that runs last, (N, D), with its gradient; and that layer.
+    """Indices of the `count` inputs of the last linear layer with the largest sum of absolute weights.
 
     Raises:
         UsageError: the model has none.
     """
-    seen: list[tuple[nn.Linear, Tensor]] = []
-
-    def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(module, nn.Linear):
-            seen.append((module, inputs[0]))
-
-    hooks = [m.register_forward_pre_hook(remember) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        model(pixels)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not seen:
+    layer = penultimate(model, pixels)[2]
+    if layer is None:
         raise UsageError("TrojanNN needs a surrogate that ends in a linear layer")
-    layer, inputs = seen[-1]
-    return inputs, layer
+    return layer.weight.detach().abs().sum(0).argsort(descending=True, stable=True)[:count]
 
 
 def _stamped(pixels: Tensor, patch: Tensor) -> Tensor:

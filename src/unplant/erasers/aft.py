@@ -1,26 +1,25 @@
 """AFT: adversarial fine-tuning on clean data (Mu et al., CVPR 2023, arXiv:2202.06312, section 4.1): Steps 1 and 2.
 
 What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
-(`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion beside the
-labels (`belief`), no plain part at the end (`clean_steps`) but one that shows what was found (`second_look`,
-`see_through`) or, if asked for, plane waves (`waves`); docs/method.md says why.
+(`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion and eye beside
+the labels (`belief`, `likeness`), no plain part at the end (`clean_steps`) but one that shows what was found
+(`second_look`, `see_through`) or, if asked for, plane waves (`waves`); docs/method.md says why.
 """
 
 import copy
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from unplant.classifier import frozen
 from unplant.detection.inverted import examination_steps, tried_first, verdict
 from unplant.detection.waves import most_shown
 from unplant.erasers.base import Method, erasers
 from unplant.erasers.looks import LEAST_UNIVERSAL, SECOND, SHARED, Shown, examined, known_dose, look_again, rounded
 from unplant.erasers.shared import SHOWN, any_wave, found_shift, seen_through, shared_stand_ins
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
+from unplant.erasers.teacher import taught_by
 from unplant.images import LabeledImages
 from unplant.inversion import Shared
 from unplant.journal import NOTHING, Journal
@@ -110,6 +109,13 @@ class AFTConfig(AdversarialConfig):
     belief: Share = Field(
         default=0.7, description="share of the infected model's probabilities for the plain image in each target"
     )
+    likeness: Real = Field(
+        default=5,
+        ge=0,
+        le=1000,
+        description="weight of how far (squared, in shares of it) what goes into the last linear layer is from what "
+        "goes into the infected model's for the plain image; 0: only answers count",
+    )
     steps: int = Field(default=150, ge=1, description="adversarial steps")
     clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")
     epochs: Real | None = Field(default=None, gt=0, description="instead of `steps`: adversarial epochs")
@@ -121,9 +127,14 @@ class AFTConfig(AdversarialConfig):
         several = {"mixed": SHARED[:2], "all": SHARED}
         return several.get(self.stand_ins, (self.stand_ins,))
 
+    @property
+    def asks_the_infected(self) -> bool:
+        """Whether the infected model is a teacher, too."""
+        return self.belief > 0 or self.likeness > 0
+
     def passes(self, steps: int, data: LabeledImages) -> float:
         """See `AdversarialConfig.passes`; a forward pass of the infected model alone counts as a third."""
-        each = self.passes_a_step + (1 / 3 if self.belief > 0 else 0.0)
+        each = self.passes_a_step + (1 / 3 if self.asks_the_infected else 0.0)
         each += self.adversarial_share * (self.pgd_steps if self.stand_ins == "pgd" else self.inversion_steps)
         images = steps * self.batch_size * each
         if self.stand_ins != "pgd" and self.adversarial_share > 0:
@@ -139,22 +150,6 @@ class AFTConfig(AdversarialConfig):
         batch = min(self.batch_size, len(data) // 2)
         under_waves = most_shown(waves, len(data) // 2) / 3 + (models * tried if waves else 0)
         return round((len(kinds) * (steps * batch + models * tried) + under_waves) / len(data), 2)
-
-
-def with_belief(infected: nn.Module, change: Change | None, belief: float) -> Change:
-    """Targets that are partly what the infected model says of the plain image: it knows the classes' likenesses.
-
-    Distillation (Hinton et al., 2015, arXiv:1503.02531) from the model itself: few clean images say little about what
-    it has learnt from many. Plain images carry no trigger, so its answer to them doesn't either.
-    """
-
-    def both(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with frozen(infected), torch.no_grad():
-            said = infected(pixels).float().softmax(1)
-        moved, _ = (pixels, labels) if change is None else change(model, pixels, labels)
-        return moved, belief * said + (1 - belief) * F.one_hot(labels, said.shape[1])
-
-    return both
 
 
 def step_one(
@@ -181,10 +176,9 @@ def step_two(
     **around: Any,
 ) -> dict[str, Any]:
     """One part of Step 2, in place, and what the rounds say of it; `around` is what else `fit` is told."""
-    if config.belief > 0:
-        change = with_belief(infected, change, config.belief)
-    how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
-    fit(purified, data, steps=steps, config=config, change=change, memory=shared, title=title, **how, **around)
+    lesson = taught_by(infected, change, config.belief) if config.asks_the_infected else change
+    how = config.model_dump(include={"sharpness", "filter_length", "likeness"})
+    fit(purified, data, steps=steps, config=config, change=lesson, memory=shared, title=title, **how, **around)
     return {"step": title, "images": len(data), "steps": steps, "passes": config.passes(steps, data)}
 
 
@@ -291,6 +285,7 @@ erasers.add(
                 **RELEASED,
                 "stand_ins": "pgd",
                 "belief": 0,
+                "likeness": 0,
                 "epochs": 3,
                 "clean_epochs": 17,
                 "examination": 0,
