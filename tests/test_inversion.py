@@ -254,13 +254,19 @@ def test_as_many_stand_ins_are_taught_as_work_and_no_fewer_than_the_least(rate, 
 
 def test_the_infected_model_teaches_its_word_and_its_eye_of_the_plain_image(spot, pixels):
     labels = torch.arange(30) % CLASSES
-    moved, targets, seen = taught_by(spot, lambda model, x, y: (x * 0, y), 0.25)(spot, pixels, labels)
-    assert not moved.any()
+
+    def change(model, pixels, labels):
+        return torch.cat([pixels[:10] * 0, pixels[10:]]), labels
+
+    moved, targets, seen, weights = taught_by(spot, change, 0.25, 5.0, 15.0)(spot, pixels, labels)
+    assert not moved[:10].any()
     said, features, _ = penultimate(spot.eval(), pixels)
     expected = 0.25 * said.softmax(1) + 0.75 * torch.eye(CLASSES)[labels]
     assert torch.allclose(targets, expected, atol=1e-6)
     assert torch.allclose(seen, features, atol=1e-6)
     assert not seen.requires_grad
+    assert weights.tolist() == [15.0] * 10 + [5.0] * 20
+    assert taught_by(spot, None, 0.25, 5.0, 15.0)(spot, pixels, labels)[3].tolist() == [5.0] * 30
 
 
 def test_wrong_sizes_are_usage_errors():

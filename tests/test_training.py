@@ -161,11 +161,11 @@ def test_change_decides_what_the_model_is_trained_on(few):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("likeness", [0.0, 3.0])
-def test_likeness_is_the_features_squared_distance_written_out_by_hand(likeness):
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_a_lessons_features_are_taught_by_the_loss_written_out_by_hand(weight):
     images = np.random.default_rng(0).integers(0, 256, (12, 1, 3, 3), dtype=np.uint8)
     data = LabeledImages(torch.from_numpy(images), torch.arange(12) % 4, tuple("abcd"))
-    wanted = torch.randn(12, 5, generator=seeded())
+    wanted, weights = torch.randn(12, 5, generator=seeded()), weight * torch.arange(12)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 4))
@@ -174,13 +174,13 @@ def test_likeness_is_the_features_squared_distance_written_out_by_hand(likeness)
 
     def lesson(model, pixels, labels):
         order = [places[(255 * image).round().byte().numpy().tobytes()] for image in pixels]
-        return pixels, labels, wanted[order]
+        return pixels, labels, wanted[order], weights[order]
 
     config = FitConfig(lr=0.5, momentum=0, weight_decay=0, batch_size=12, **PLAIN)
-    fit(model, data, steps=1, config=config, generator=seeded(), change=lesson, likeness=likeness)
+    fit(model, data, steps=1, config=config, generator=seeded(), change=lesson)
     seen = hand[:3](data.pixels())
     loss = nn.functional.cross_entropy(hand[3](seen), data.labels)
-    loss = loss + likeness * ((seen - wanted) ** 2).sum(1).mean() / (wanted**2).sum(1).mean()
+    loss = loss + (weights * ((seen - wanted) ** 2).sum(1)).mean() / (wanted**2).sum(1).mean()
     loss.backward()
     for learnt, weight in zip(model.parameters(), hand.parameters(), strict=True):
         assert torch.allclose(learnt, weight - 0.5 * weight.grad, atol=1e-6)

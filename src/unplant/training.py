@@ -32,8 +32,10 @@ Change = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 Other networks' parameters on which the pixels depend get their gradient from the step's backward pass too.
 """
 
-Lesson = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""The same, and the penultimate features that the model should have of these pixels, float (N, D)."""
+Lesson = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""The same, and the penultimate features that the model should have of these pixels, float (N, D), with their weights
+(N,): added to the loss are the weighted squared distances from them, in shares of their mean square.
+"""
 
 
 class Remembering(Protocol):
@@ -83,7 +85,6 @@ def fit(
     memory: Sequence[Remembering] = (),
     sharpness: float = 0.0,
     filter_length: float = 0.0,
-    likeness: float = 0.0,
     progress: Progress | None = None,
     title: str = "training",
     journal: Journal = NOTHING,
@@ -104,8 +105,6 @@ def fit(
         sharpness: radius of the step in the weights at whose end gradients are taken, see `sharpest`; 0: none.
         filter_length: long filters that are free in their length take steps as if it were that, squared, see
             `stretches`; 0: they don't.
-        likeness: weight of the features that `change` gives: added to the loss is the squared distance of the model's
-            from them, in shares of their mean square.
         progress: told the share of steps done.
         title: what `progress` is told.
         journal: where the training is written down, and taken up again if it was cut off. What decides it must be among
@@ -118,7 +117,7 @@ def fit(
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        running = Running(model, data, config, generator, memory, sharpness, filter_length, likeness)
+        running = Running(model, data, config, generator, memory, sharpness, filter_length)
         page = running.page(journal, title, steps)
         running.restore(page.read())
         modes = [(module, module.training) for module in model.modules()]
@@ -160,9 +159,8 @@ class Running:
         memory: Sequence[Remembering],
         sharpness: float,
         filter_length: float,
-        likeness: float,
     ) -> None:
-        self.sharpness, self.filter_length, self.likeness = sharpness, filter_length, likeness
+        self.sharpness, self.filter_length = sharpness, filter_length
         self.model, self.data, self.config, self.generator, self.memory = model, data, config, generator, memory
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.SGD(
@@ -188,8 +186,7 @@ class Running:
         if journal.folder is None or len(weights_of(self.model)) < len(self.model.state_dict()):
             return NOTHING.page(tensors=())
         settings = self.config.model_dump(mode="json")
-        how = (self.sharpness, self.filter_length, self.likeness)
-        about = (title, steps, settings, *how, self.data.fingerprint(), str(self.device))
+        about = (title, steps, settings, self.sharpness, self.filter_length, self.data.fingerprint(), str(self.device))
         return journal.page(*about, tensors=self.state().values())
 
     def step(self, lr: float, change: Change | Lesson | None) -> None:
@@ -243,13 +240,15 @@ class Running:
                     self._backward(len(batch), *lesson)
         return total
 
-    def _backward(self, whole: int, pixels: Tensor, labels: Tensor, features: Tensor | None = None) -> Tensor:
+    def _backward(
+        self, whole: int, pixels: Tensor, labels: Tensor, features: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         with autocast(self.device, self.config.precision):
             out, seen, _ = penultimate(self.model, pixels)
         loss = F.cross_entropy(out.float(), labels)
-        if features is not None and self.likeness:
+        if features is not None and weights is not None:
             apart = (seen.float() - features).square().sum(1) / features.square().sum(1).mean().clamp(min=1e-12)
-            loss = loss + self.likeness * apart.mean()
+            loss = loss + (weights * apart).mean()
         loss = loss * (len(pixels) / whole)
         loss.backward()
         return loss.detach()

@@ -2,8 +2,8 @@
 
 What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
 (`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion and eye beside
-the labels (`belief`, `likeness`), no plain part at the end (`clean_steps`) but one that shows what was found
-(`second_look`, `see_through`) or, if asked for, plane waves (`waves`); docs/method.md says why.
+the labels (`belief`, `likeness`, `steadiness`), no plain part at the end (`clean_steps`) but one that shows what was
+found (`second_look`, `see_through`) or, if asked for, plane waves (`waves`); docs/method.md says why.
 """
 
 import copy
@@ -113,8 +113,11 @@ class AFTConfig(AdversarialConfig):
         default=5,
         ge=0,
         le=1000,
-        description="weight of how far (squared, in shares of it) what goes into the last linear layer is from what "
-        "goes into the infected model's for the plain image; 0: only answers count",
+        description="weight of the squared distance, in shares of it, between what goes into the last linear layer and "
+        "what goes into the infected model's; 0: only answers count",
+    )
+    steadiness: Real = Field(
+        default=15, ge=0, le=1000, description="the same for images that carry something, from the plain image's"
     )
     steps: int = Field(default=150, ge=1, description="adversarial steps")
     clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")
@@ -130,7 +133,7 @@ class AFTConfig(AdversarialConfig):
     @property
     def asks_the_infected(self) -> bool:
         """Whether the infected model is a teacher, too."""
-        return self.belief > 0 or self.likeness > 0
+        return self.belief > 0 or self.likeness > 0 or self.steadiness > 0
 
     def passes(self, steps: int, data: LabeledImages) -> float:
         """See `AdversarialConfig.passes`; a forward pass of the infected model alone counts as a third."""
@@ -176,8 +179,10 @@ def step_two(
     **around: Any,
 ) -> dict[str, Any]:
     """One part of Step 2, in place, and what the rounds say of it; `around` is what else `fit` is told."""
-    lesson = taught_by(infected, change, config.belief) if config.asks_the_infected else change
-    how = config.model_dump(include={"sharpness", "filter_length", "likeness"})
+    lesson = change
+    if config.asks_the_infected:
+        lesson = taught_by(infected, change, config.belief, config.likeness, config.steadiness)
+    how = {"sharpness": config.sharpness, "filter_length": config.filter_length}
     fit(purified, data, steps=steps, config=config, change=lesson, memory=shared, title=title, **how, **around)
     return {"step": title, "images": len(data), "steps": steps, "passes": config.passes(steps, data)}
 
@@ -286,6 +291,7 @@ erasers.add(
                 "stand_ins": "pgd",
                 "belief": 0,
                 "likeness": 0,
+                "steadiness": 0,
                 "epochs": 3,
                 "clean_epochs": 17,
                 "examination": 0,
