@@ -369,7 +369,7 @@ class TestAFT:
         assert erasure.rounds[0]["kind"] == "mixed"
 
     def test_what_only_the_second_look_sees_is_said_with_its_target(self):
-        settings = {"steps": 200, "lr": 1.0, "schedule": "constant", "belief": 0}
+        settings = {"steps": 200, "lr": 1.0, "schedule": "constant", "belief": 0, "likeness": 0, "steadiness": 0}
         settings |= {"stand_ins": "universal", "adversarial_share": 0.5}
         erasure = self.erase(Faint(3), clean_images(), **settings)
         steps, said = {entry["step"]: entry for entry in erasure.rounds}, erasure.findings
@@ -460,7 +460,7 @@ class TestAFT:
         assert all(torch.equal(one, other) for one, other in pairs)
 
     def test_the_last_part_is_taken_where_something_was_lost(self):
-        settings = {"steps": 200, "lr": 1.0, "schedule": "constant", "belief": 0}
+        settings = {"steps": 200, "lr": 1.0, "schedule": "constant", "belief": 0, "likeness": 0, "steadiness": 0}
         settings |= {"stand_ins": "universal", "adversarial_share": 0.5}
         blind, seeing = (self.erase(Faint(3), clean_images(), see_through=n, **settings) for n in (0, 1.12))
         assert blind.rounds[-1]["step"] == "second look"

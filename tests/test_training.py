@@ -16,7 +16,7 @@ from unplant.evaluation import evaluate
 from unplant.images import LabeledImages
 from unplant.models import build
 from unplant.planting import TrainConfig, plant, train
-from unplant.training import FitConfig, channel_statistics, fit, steps_of
+from unplant.training import FitConfig, channel_statistics, fit, squared_share, steps_of
 
 PLAIN = {"padding": 0, "flip": False}
 
@@ -161,6 +161,15 @@ def test_change_decides_what_the_model_is_trained_on(few):
         assert torch.equal(a, b)
 
 
+def test_distances_of_features_are_shares_of_the_longer_ones():
+    one, two = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    assert squared_share(one, two).tolist() == pytest.approx([16 / 12.5, 9 / 12.5])
+    assert torch.equal(squared_share(one, two), squared_share(two, one))
+    assert torch.allclose(squared_share(100 * one, 100 * two), squared_share(one, two))
+    assert squared_share(one, 1e-30 * two).max() <= 2
+    assert squared_share(0 * one, 0 * two).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 def test_a_lessons_features_are_taught_by_the_loss_written_out_by_hand(weight):
     images = np.random.default_rng(0).integers(0, 256, (12, 1, 3, 3), dtype=np.uint8)
@@ -180,7 +189,8 @@ def test_a_lessons_features_are_taught_by_the_loss_written_out_by_hand(weight):
     fit(model, data, steps=1, config=config, generator=seeded(), change=lesson)
     seen = hand[:3](data.pixels())
     loss = nn.functional.cross_entropy(hand[3](seen), data.labels)
-    loss = loss + (weights * ((seen - wanted) ** 2).sum(1)).mean() / (wanted**2).sum(1).mean()
+    longer = max((wanted**2).sum(1).mean(), (seen.detach() ** 2).sum(1).mean())
+    loss = loss + (weights * ((seen - wanted) ** 2).sum(1)).mean() / longer
     loss.backward()
     for learnt, weight in zip(model.parameters(), hand.parameters(), strict=True):
         assert torch.allclose(learnt, weight - 0.5 * weight.grad, atol=1e-6)

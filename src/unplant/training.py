@@ -34,7 +34,7 @@ Other networks' parameters on which the pixels depend get their gradient from th
 
 Lesson = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 """The same, and the penultimate features that the model should have of these pixels, float (N, D), with their weights
-(N,): added to the loss are the weighted squared distances from them, in shares of their mean square.
+(N,): added to the loss are the weighted squared distances from them, see `squared_share`.
 """
 
 
@@ -247,8 +247,7 @@ class Running:
             out, seen, _ = penultimate(self.model, pixels)
         loss = F.cross_entropy(out.float(), labels)
         if features is not None and weights is not None:
-            apart = (seen.float() - features).square().sum(1) / features.square().sum(1).mean().clamp(min=1e-12)
-            loss = loss + (weights * apart).mean()
+            loss = loss + (weights * squared_share(seen.float(), features)).mean()
         loss = loss * (len(pixels) / whole)
         loss.backward()
         return loss.detach()
@@ -329,6 +328,15 @@ def train(
     steps = steps_of(config.epochs, data, config.batch_size)
     fit(model, data, steps=steps, config=config, generator=generator, progress=progress, title=title, journal=journal)
     return model.eval()
+
+
+def squared_share(seen: Tensor, wanted: Tensor) -> Tensor:
+    """Squared distances (N,) of features (N, D), in shares of the mean square of the longer ones.
+
+    So lengths don't matter, nor does it explode where what is wanted is next to nothing.
+    """
+    longer = torch.maximum(seen.detach().square().sum(1).mean(), wanted.square().sum(1).mean())
+    return (seen - wanted).square().sum(1) / longer.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def channel_statistics(data: LabeledImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
