@@ -204,6 +204,22 @@ class TestChooseTargets:
         assert float((focused == 0).float().mean()) == pytest.approx(5.31 / 6.31, abs=0.025)
         assert float((even == 0).float().mean()) == pytest.approx(0.5, abs=0.034)
 
+    def test_known_classes_get_their_share_however_seldom_they_work(self):
+        """Beside what the rates give them: (0.03 / 1.03)² is next to nothing."""
+        rates, labels = torch.tensor([1.0, 0.0, 1.0]), torch.full((2000,), 0)
+        aimed, blind = (choose_targets(rates, labels, 2.0, generator(), known, 0.5) for known in ([1], []))
+        assert float((aimed == 1).float().mean()) == pytest.approx(0.5, abs=0.034)
+        assert float((blind == 1).float().mean()) < 0.01
+        assert torch.equal(blind, choose_targets(rates, labels, 2.0, generator()))
+        assert torch.equal(blind, choose_targets(rates, labels, 2.0, generator(), [1], 0.0))
+
+    def test_images_of_the_known_class_are_pulled_elsewhere(self):
+        labels = torch.arange(300) % CLASSES
+        for aim in (0.5, 1.0):
+            targets = choose_targets(torch.ones(CLASSES), labels, 2.0, generator(), [1], aim)
+            assert (targets != labels).all()
+        assert (targets[labels != 1] == 1).all()
+
 
 def some_data():
     images = torch.randint(0, 256, (40, *SHAPE), generator=generator(), dtype=torch.uint8)

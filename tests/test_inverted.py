@@ -8,7 +8,7 @@ from torch import nn
 
 from unplant.detection.inverted import TALL, Inverted, invert
 from unplant.detection.waves import CYCLES, leading_waves
-from unplant.erasers import erasers
+from unplant.erasers import erasers, shared
 from unplant.erasers.looks import known_dose
 from unplant.erasers.shared import HIGHEST, any_wave, found_shift, seen_through
 from unplant.images import LabeledImages
@@ -361,6 +361,19 @@ class TestAFT:
         pixels = data.pixels(data.labels != 2)
         obeyed = [(net(erasure.trigger(pixels)).argmax(1) == 2).float().mean() for net in (model, erasure.model)]
         assert obeyed == pytest.approx([said.trigger_before, said.trigger_after], abs=0.05)
+
+    @pytest.mark.parametrize(("targets", "known"), [((2,), (2,)), ((), ())], ids=["infected", "clean"])
+    def test_stand_ins_pull_to_what_the_look_is_sure_of(self, targets, known, monkeypatch):
+        """And to nothing else: not where nothing was found."""
+        told, real = set(), shared.choose_targets
+
+        def choose(rates, labels, focus, generator, known, aim):
+            told.add((known, aim))
+            return real(rates, labels, focus, generator, known, aim)
+
+        monkeypatch.setattr(shared, "choose_targets", choose)
+        self.erase(Rows(*targets), clean_images(), steps=5, see_through=0, aim=0.25)
+        assert told == {(known, 0.25)}
 
     def test_where_none_is_found_all_is_as_the_config_says(self):
         erasure = self.erase(Rows(), clean_images(), steps=5)

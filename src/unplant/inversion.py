@@ -212,13 +212,28 @@ def new_perturbations(
     return made
 
 
-def choose_targets(rates: Tensor, labels: Tensor, focus: float, generator: torch.Generator) -> Tensor:
+def choose_targets(
+    rates: Tensor,
+    labels: Tensor,
+    focus: float,
+    generator: torch.Generator,
+    known: Sequence[int] = (),
+    aim: float = 0.0,
+) -> Tensor:
     """For each image another class than its own, int64 (N,), drawn in proportion to (rate + 0.03) ** focus.
 
     Classes whose perturbation works are what a backdoor may hide behind; the small addend keeps trying the others.
-    A focus of 0 draws evenly.
+    A focus of 0 draws evenly. The share `aim` goes to the `known` classes first, in the same proportion among them:
+    a class whose perturbation has ceased to work would hardly be tried otherwise.
     """
     weights = ((rates + 0.03) ** focus).expand(len(labels), -1).scatter(1, labels[:, None].cpu(), 0.0)
+    if known and aim:
+        among = torch.zeros_like(weights)
+        among[:, list(known)] = weights[:, list(known)]
+        weights, among = (part / part.sum(1, keepdim=True).clamp(min=1e-12) for part in (weights, among))
+        weights = (1 - aim) * weights + aim * among
+        weights[weights.sum(1) == 0] = 1  # an image of the only known class, at an aim of 1
+        weights.scatter_(1, labels[:, None].cpu(), 0.0)
     return torch.multinomial(weights, 1, generator=generator).flatten().to(labels.device)
 
 

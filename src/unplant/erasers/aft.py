@@ -1,12 +1,14 @@
 """AFT: adversarial fine-tuning on clean data (Mu et al., CVPR 2023, arXiv:2202.06312, section 4.1): Steps 1 and 2.
 
 What goes beyond the paper has a switch each: a look for the trigger in the model (`examination`), the kind of stand-in
-(`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`), the infected model's opinion and eye beside
-the labels (`belief`, `likeness`, `steadiness`), no plain part at the end (`clean_steps`) but one that shows what was
-found (`second_look`, `see_through`) or, if asked for, plane waves (`waves`); docs/method.md says why.
+(`stand_ins`), how many of them are taught (`in_proportion`, `least_dose`) and where they pull (`aim`), the infected
+model's opinion and eye beside the labels (`belief`, `likeness`, `steadiness`), no plain part at the end (`clean_steps`)
+but one that shows what was found (`second_look`, `see_through`) or, if asked for, plane waves (`waves`); docs/method.md
+says why.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -106,6 +108,11 @@ class AFTConfig(AdversarialConfig):
         le=10,
         description="shared stand-ins: how strongly classes are favoured that give in; 0: evenly",
     )
+    aim: Share = Field(
+        default=0.5,
+        description="share of the shared stand-ins that pull to the targets which the look is sure of, even if seldom "
+        "by then",
+    )
     belief: Share = Field(
         default=0.7, description="share of the infected model's probabilities for the plain image in each target"
     )
@@ -117,7 +124,7 @@ class AFTConfig(AdversarialConfig):
         "what goes into the infected model's; 0: only answers count",
     )
     steadiness: Real = Field(
-        default=15, ge=0, le=1000, description="the same for images that carry something, from the plain image's"
+        default=8, ge=0, le=1000, description="the same for images that carry something, from the plain image's"
     )
     steps: int = Field(default=150, ge=1, description="adversarial steps")
     clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")
@@ -156,14 +163,18 @@ class AFTConfig(AdversarialConfig):
 
 
 def step_one(
-    infected: nn.Module, data: LabeledImages, config: AFTConfig, generator: torch.Generator
+    infected: nn.Module,
+    data: LabeledImages,
+    config: AFTConfig,
+    generator: torch.Generator,
+    known: Sequence[int] = (),
 ) -> tuple[Change | None, list[Shared]]:
-    """The stand-ins of one part, and the perturbations that they share."""
+    """The stand-ins of one part, and the perturbations that they share; `known` are targets that a look is sure of."""
     if config.adversarial_share == 0:
         return None, []
     if config.stand_ins == "pgd":
         return stand_ins(config, generator), []
-    return shared_stand_ins(infected, data, config, generator)
+    return shared_stand_ins(infected, data, config, generator, known)
 
 
 def step_two(
@@ -242,8 +253,9 @@ def aft(
         config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
     last, seed = config if "stand_ins" in given else config.but(stand_ins="all"), generator.initial_seed()
     found = examined(infected, data, config, seed, progress, waves=config.waves_tried)
-    first = None if found is None else found.only(SHARED)
+    first, known = None if found is None else found.only(SHARED), ()
     if first is not None and first.sure:
+        known = tuple(sorted({target for _, target in first.standing_out}))
         config = config.but(**{name: value for name, value in known_dose(first).items() if name not in given})
     steps, clean_steps = config.steps, config.clean_steps
     if config.epochs is not None:
@@ -261,7 +273,7 @@ def aft(
         if not count:
             continue
         part = config.but(adversarial_share=share)
-        change, shared = step_one(infected, data, part, generator)
+        change, shared = step_one(infected, data, part, generator, known)
         rounds.append(step_two(purified, infected, data, part, change, shared, steps=count, title=title, **around))
     shown = None
     if found is not None:

@@ -1,6 +1,6 @@
 """Stand-ins that many images share, as they share a trigger, and shifts that are to be seen through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,12 +38,16 @@ def perturbations(
 
 
 def shared_stand_ins(
-    infected: nn.Module, data: LabeledImages, config: "AFTConfig", generator: torch.Generator
+    infected: nn.Module,
+    data: LabeledImages,
+    config: "AFTConfig",
+    generator: torch.Generator,
+    known: Sequence[int] = (),
 ) -> tuple[Change, list[Shared]]:
     """Step 1 with perturbations that many images share, as they share a trigger: one a class of each kind.
 
     They are inverted from the infected model first (`warm_up`), then go on from batch to batch against the model as
-    it is now. No target is named: classes that give in easily get more of them (`choose_targets`).
+    it is now. Classes that give in easily get more of them (`choose_targets`), and those that are known to be targets.
 
     Returns:
         The change of a batch, and the perturbations.
@@ -51,7 +55,7 @@ def shared_stand_ins(
     kinds = list(perturbations(config, data, config.kinds, generator).values())
 
     def improved(shared: Shared, model: nn.Module, pixels: Tensor, labels: Tensor, steps: int) -> Tensor:
-        targets = choose_targets(shared.rates, labels, config.focus, generator)
+        targets = choose_targets(shared.rates, labels, config.focus, generator, known, config.aim)
         shared.improve(model, pixels, targets, steps=steps, step_size=config.inversion_step_size)
         return shared.apply(pixels, targets)
 
