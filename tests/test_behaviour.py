@@ -185,19 +185,19 @@ def test_a_model_that_ends_in_softmax_is_purified_as_well_as_its_twin(planted, d
 
 
 def test_softmax_taken_for_logits_would_have_been_worse(planted, digits_test):
-    """The control: without the logarithm the same run leaves an ASR of 0.37 to 0.94 (three seeds).
+    """The control: without the logarithm the same run leaves an ASR of 0.99 to 1.00 (three seeds).
 
-    Without its last part, which mends most of that.
+    Without its last part and without the infected model's features, which come before the logarithm and mend all that.
     """
     clean = digits("train").sample(300, torch.Generator().manual_seed(0))
     twin = softmax_twin(planted.model)
     run = erasers["aft"].run
-    config = QUICK.but(see_through=0)
+    config = QUICK.but(see_through=0, likeness=0, steadiness=0)
     naive = run(twin, clean, config, generator=torch.Generator().manual_seed(0)).model
     right = run(with_logits(twin, clean), clean, config, generator=torch.Generator().manual_seed(0)).model
     naive, right = (evaluate(model, digits_test, planted.attack) for model in (naive, right))
     assert right.asr < 0.1
-    assert naive.asr > 0.3
+    assert naive.asr > 0.9
 
 
 def test_a_softmax_net_in_a_file_is_opened_as_such_and_saved_under_its_own_keys(tmp_path, trained, some):
