@@ -3,9 +3,8 @@
     python benchmarks/testbed.py cells.txt --data digits:train --test digits:test --set epochs=20 \
         --set batch_size=64 --method pbe --eraser batch_size=64 --out testbed.jsonl
 
-Infected models come from the cache (--cache) or are planted into it. Cells: see benchmarks/cells.py. The pass rule:
-ASR at most 5 % (upper 95 % bound), ACC drop at most 2 points, RA at least 0.9 ACC; a clean model's drop at most 1.
-Only cells whose attack worked (ASR at least 80 %) count.
+Infected models come from the cache (--cache) or are planted into it. Cells: see benchmarks/cells.py. The pass rule is
+`unplant.evaluation.missed`; only cells whose attack worked (ASR at least 80 %) count.
 """
 
 import time
@@ -30,9 +29,10 @@ from cells import (
 
 from unplant.erasers import EraserConfig
 from unplant.erasers.base import Method
-from unplant.evaluation import evaluate, suspect_quality
+from unplant.evaluation import evaluate, largest_fall, missed, suspect_quality
 from unplant.images import LabeledImages
 from unplant.poisoning import Attack
+from unplant.results import Scores
 from unplant.runs import environment
 
 
@@ -86,22 +86,36 @@ def measured(
     }
 
 
+def scores_of(row: dict[str, Any]) -> tuple[Scores, Scores]:
+    """Of the model before and after; rows of earlier versions don't tell classes apart."""
+    before, after = (Scores(**row[name]) for name in ("before", "after"))
+    return before, after
+
+
+def missed_by(row: dict[str, Any]) -> tuple[str, ...] | None:
+    """What a cell misses of the pass rule; None if its attack didn't work in the first place."""
+    return missed(*scores_of(row), accused=bool((row.get("findings") or {}).get("infected")))
+
+
 def passes(row: dict[str, Any]) -> bool | None:
-    """Whether a cell passes; None if its attack didn't work in the first place."""
-    before, after = row["before"], row["after"]
-    drop = before["acc"] - after["acc"]
-    if row["attack"] is None:
-        return drop <= 0.01
-    if before["asr"] is None or before["asr"] < 0.8:
-        return None
-    return after["asr_upper"] <= 0.05 and drop <= 0.02 and after["ra"] >= 0.9 * after["acc"]
+    """Whether a cell passes; None as above."""
+    clauses = missed_by(row)
+    return None if clauses is None else not clauses
+
+
+def judgement(row: dict[str, Any]) -> str:
+    """The same for people."""
+    clauses = missed_by(row)
+    if clauses is None:
+        return "attack too weak"
+    return f"**fail** ({', '.join(clauses)})" if clauses else "pass"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown lines, with the mean and the worst of the cells that count."""
     head = (
         "cell | ACC before → after | ASR before → after | estimated | natural | RA | suspects P / R / AUROC | "
-        "poison in D_ext | passes | "
+        "poison in D_ext | passes | worst class, largest fall of one | "
     )
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *map(line_of, rows)]
     counted = [row for row in rows if row["attack"] is not None and passes(row) is not None]
@@ -157,7 +171,8 @@ def line_of(row: dict[str, Any]) -> str:
         " / ".join(percent(found[name]) for name in ("precision", "recall", "auroc")),
         ", ".join(map(str, row.get("poison_in_extra_sets", []))) or "–",
         f"{row['passes']:.1f}",
-        {True: "pass", False: "**fail**", None: "attack too weak"}[passes(row)],
+        worst_class(row),
+        judgement(row),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -172,6 +187,14 @@ def estimate(row: dict[str, Any]) -> str:
     parts = [percent(said["asr_left"])] if said["witnesses"] else []
     parts += [f"{percent(said['trigger_after'])} (trigger)"] if said["trigger_after"] is not None else []
     return ", ".join(parts) or "unknown"
+
+
+def worst_class(row: dict[str, Any]) -> str:
+    """The accuracy of the class that is worst, before and after, and by how much the class fell that lost most."""
+    before, after = scores_of(row)
+    fall = largest_fall(before, after)
+    told = f", {-100 * fall[1]:+.1f}".replace("-", "−") if fall else ""
+    return f"{percent(before.worst_class_acc)} → {percent(after.worst_class_acc)}{told}"
 
 
 def percent(value: float | None) -> str:

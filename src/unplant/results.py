@@ -123,6 +123,7 @@ class Scores:
         natural_target_rate: share of the same images *without* the trigger that get the target label; no ASR can
             honestly go below it.
         worst_class_acc: the lowest accuracy of a class on clean test images.
+        class_acc: the accuracy of each class on them, unknown where it has none; empty if they weren't told apart.
         asr_upper: one-sided upper 95 % bound of the ASR.
         clean_images: number of clean test images.
         triggered_images: number of triggered test images.
@@ -136,6 +137,7 @@ class Scores:
     asr_upper: float | None = None
     clean_images: int = 0
     triggered_images: int = 0
+    class_acc: tuple[float | None, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
