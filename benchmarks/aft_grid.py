@@ -80,10 +80,11 @@ def main() -> None:
 
 
 def measured_before(file: Path, cell: str, test_images: int) -> dict[str, Any] | None:
-    """The scores of the cell's infected model, if an earlier line has them on as many test images."""
+    """The scores of the cell's infected model, class by class, if an earlier line has them on as many test images."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
-    return next((r["before"] for r in rows if (r["cell"], r["test_images"]) == (cell, test_images)), None)
+    same = (r["before"] for r in rows if (r["cell"], r["test_images"]) == (cell, test_images))
+    return next((before for before in same if before.get("class_acc")), None)
 
 
 if __name__ == "__main__":
