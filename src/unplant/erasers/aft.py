@@ -18,8 +18,8 @@ from torch import nn
 from unplant.detection.inverted import examination_steps, tried_first, verdict
 from unplant.detection.waves import most_shown
 from unplant.erasers.base import Method, erasers
-from unplant.erasers.looks import LEAST_UNIVERSAL, SECOND, SHARED, Shown, examined, known_dose, look_again, rounded
-from unplant.erasers.shared import SHOWN, any_wave, found_shift, seen_through, shared_stand_ins
+from unplant.erasers.looks import SECOND, SHARED, Shown, examined, known_dose, look_again, rounded
+from unplant.erasers.shared import SHOWN, any_wave, found_shift, seen_through, settle_sizes, shared_stand_ins
 from unplant.erasers.steps import RELEASED, AdversarialConfig, settle_ball, stand_ins
 from unplant.erasers.teacher import taught_by
 from unplant.images import LabeledImages
@@ -28,9 +28,6 @@ from unplant.journal import NOTHING, Journal
 from unplant.params import Pixel, Real, Share
 from unplant.results import Erasure, Progress
 from unplant.training import Change, Schedule, fit, steps_of
-
-LEAST_REACH = 0.5
-"""The least that warps may move a pixel, in pixels."""
 
 UNDER = {"universal": "found", "wave": "a wave", None: "plane waves"}
 """What the last part shows, by the kind of what was found."""
@@ -89,7 +86,9 @@ class AFTConfig(AdversarialConfig):
         default=0,
         description="where neither was found: share of that part's images which carry any plane wave; 0: no such part",
     )
-    patch_area: Share = Field(default=0.02, gt=0, description="patch: largest share of the pixels under it")
+    patch_area: Share | None = Field(
+        default=None, gt=0, description="patch: largest share of the pixels under it; none: 0.02, but four pixels"
+    )
     universal_eps: Pixel | None = Field(
         default=None, gt=0, description="universal: radius of the L∞ ball; none: `eps`, but at least 8/255"
     )
@@ -246,11 +245,7 @@ def aft(
         The purified model, and whether a trigger was found in the infected one; AFT doesn't judge images.
     """
     given = config.model_fields_set
-    config = settle_ball(config, infected, data)
-    if config.universal_eps is None:
-        config = config.but(universal_eps=max(config.eps or 0.0, LEAST_UNIVERSAL))
-    if config.warp_reach is None:
-        config = config.but(warp_reach=max(min(data.shape[1:]) / 32, LEAST_REACH))
+    config = settle_sizes(settle_ball(config, infected, data), data.shape)
     last, seed = config if "stand_ins" in given else config.but(stand_ins="all"), generator.initial_seed()
     found = examined(infected, data, config, seed, progress, waves=config.waves_tried)
     first, known = None if found is None else found.only(SHARED), ()
@@ -263,7 +258,7 @@ def aft(
     if config.clean_epochs is not None:
         clean_steps = steps_of(config.clean_epochs, data, config.batch_size)
     purified = copy.deepcopy(infected)
-    balls = config.model_dump(include={"eps", "universal_eps", "warp_reach"})
+    balls = config.model_dump(include={"eps", "patch_area", "universal_eps", "warp_reach"})
     rounds: list[dict[str, Any]] = [{"step": "stand-ins", "kind": config.stand_ins, **balls}]
     if found is not None:
         passes = config.passes_of_examination(data, waves=config.waves_tried if "wave" in found.rates else 0)

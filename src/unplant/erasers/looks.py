@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unplant.detection.inverted import Inverted, invert
-from unplant.erasers.shared import perturbations
+from unplant.erasers.shared import LEAST_UNIVERSAL, perturbations
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
 from unplant.inversion import Shared
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 Shown = tuple[str, Shared, int]
 """A kind, its perturbations, and the class whose perturbation is shown."""
-
-LEAST_UNIVERSAL = 8 / 255
-"""The smallest radius of the universal ball, in pixel units."""
 
 SHARED = ("patch", "universal", "warp")
 """The kinds of stand-in that many images share."""

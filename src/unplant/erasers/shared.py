@@ -27,12 +27,33 @@ HIGHEST = 48 / 255
 """Height of the highest plane wave, in pixel units."""
 
 
+LEAST_UNIVERSAL = 8 / 255
+"""The smallest radius of the universal ball, in pixel units."""
+
+PATCH, LEAST_PATCH = 0.02, 4
+"""Share of the pixels under a patch, and the fewest pixels: with one, nothing like a patch fits on small images."""
+
+LEAST_REACH = 0.5
+"""The least that warps may move a pixel, in pixels."""
+
+
+def settle_sizes(config: "AFTConfig", shape: tuple[int, int, int]) -> "AFTConfig":
+    """With sizes of shared stand-ins that suit images (C, H, W) where none are given."""
+    _, height, width = shape
+    sizes = {
+        "patch_area": min(1.0, max(PATCH, LEAST_PATCH / (height * width))),
+        "universal_eps": max(config.eps or 0.0, LEAST_UNIVERSAL),
+        "warp_reach": max(min(height, width) / 32, LEAST_REACH),
+    }
+    return config.but(**{name: size for name, size in sizes.items() if getattr(config, name) is None})
+
+
 def perturbations(
     config: "AFTConfig", data: LabeledImages, kinds: tuple[str, ...], generator: torch.Generator
 ) -> dict[str, Shared]:
     """Fresh ones of these kinds, of the sizes that the config says."""
-    if config.universal_eps is None or config.warp_reach is None:
-        raise UsageError("shared stand-ins need a universal_eps and a warp_reach; aft settles them")
+    if config.patch_area is None or config.universal_eps is None or config.warp_reach is None:
+        raise UsageError("shared stand-ins need a patch_area, a universal_eps and a warp_reach; aft settles them")
     sizes = {"area": config.patch_area, "eps": config.universal_eps, "reach": config.warp_reach}
     return new_perturbations(kinds, data.num_classes, data.shape, **sizes, generator=generator)
 
