@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from unplant.classifier import penultimate
-from unplant.erasers.aft import AFTConfig, shared_stand_ins
+from unplant.erasers.aft import AFTConfig
+from unplant.erasers.shared import perturbations, settle_sizes, shared_stand_ins
 from unplant.erasers.teacher import taught_by
 from unplant.errors import UsageError
 from unplant.images import LabeledImages
@@ -246,6 +247,33 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
     changed = (moved != pixels).flatten(1).any(1)
     assert changed[:10].all()
     assert not changed[10:].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((3, 32, 32), (0.02, 8 / 255, 1.0)),
+        ((1, 28, 20), (0.02, 8 / 255, 0.625)),
+        ((1, 8, 8), (4 / 64, 8 / 255, 0.5)),  # two pixels in a hundred would be one
+        ((3, 1, 2), (1.0, 8 / 255, 0.5)),
+        ((3, 224, 320), (0.02, 8 / 255, 7.0)),
+    ],
+)
+def test_sizes_of_stand_ins_suit_the_images(shape, sizes):
+    settled = settle_sizes(AFTConfig(eps=0.03), shape)
+    assert (settled.patch_area, settled.universal_eps, settled.warp_reach) == pytest.approx(sizes)
+    assert settle_sizes(AFTConfig(eps=0.2), shape).universal_eps == 0.2
+
+
+def test_sizes_that_were_given_stay():
+    given = AFTConfig(eps=0.2, patch_area=0.01, universal_eps=0.05, warp_reach=0.1)
+    settled = settle_sizes(given, (1, 8, 8))
+    assert (settled.patch_area, settled.universal_eps, settled.warp_reach) == (0.01, 0.05, 0.1)
+
+
+def test_without_sizes_there_are_no_perturbations():
+    with pytest.raises(UsageError, match="patch_area"):
+        perturbations(AFTConfig(universal_eps=0.1, warp_reach=1), some_data(), ("patch",), generator())
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from torch import nn
 from unplant.detection.inverted import TALL, Inverted, invert
 from unplant.detection.waves import CYCLES, leading_waves
 from unplant.erasers import erasers, shared
+from unplant.erasers.aft import AFTConfig, to_see_through
 from unplant.erasers.looks import known_dose
-from unplant.erasers.shared import HIGHEST, any_wave, found_shift, seen_through
+from unplant.erasers.shared import HIGHEST, any_wave, found_shift, seen_through, settle_sizes
 from unplant.images import LabeledImages
-from unplant.inversion import new_perturbations
+from unplant.inversion import Shifts, new_perturbations
 from unplant.training import fit
 
 CLASSES, SHAPE = 4, (1, 8, 8)
@@ -431,6 +432,23 @@ class TestAFT:
         erasure = self.erase(Rows(2), clean_images(), steps=5, see_through=see_through)
         assert [(entry["step"], entry.get("under")) for entry in erasure.rounds][-2:] == then
         assert erasure.findings is first
+
+    @pytest.mark.parametrize("shown", ["shift", "wave", None])
+    def test_what_was_found_is_shown_at_half_the_rate_and_without_sharpness(self, shown):
+        config = settle_sizes(AFTConfig(eps=0.1, lr=0.02, waves=0.25, warm_up=0, batch_size=32), SHAPE)
+        found = {
+            "shift": ("universal", Shifts.new(4, SHAPE, 0.1, generator()), 2),
+            "wave": ("wave", Shifts.new(4, SHAPE, 0.1, generator()), 2),
+            None: None,
+        }[shown]
+        part, change, shared = to_see_through(Rows(2), clean_images(), config, found, generator())
+        assert (part.lr, part.sharpness) == (0.01, 0)
+        assert len(shared) == (0 if shown == "shift" else 2)
+        assert (part.adversarial_share > 0) is (shown != "shift")
+        pixels, labels = clean_images().pixels(slice(0, 32)), clean_images().labels[:32]
+        moved, same = change(Rows(2), pixels, labels)
+        assert torch.equal(same, labels)
+        assert (moved != pixels).flatten(1).any(1)[: {"shift": 16, "wave": 8, None: 8}[shown]].all()
 
     def test_a_wave_that_stands_out_is_reported_and_seen_through(self):
         """Whatever `waves` says, which is about those that weren't found; and only where nothing else stands out."""
