@@ -240,13 +240,12 @@ class Running:
                     self._backward(len(batch), *lesson)
         return total
 
-    def _backward(
-        self, whole: int, pixels: Tensor, labels: Tensor, features: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
+    def _backward(self, whole: int, pixels: Tensor, labels: Tensor, *taught: Tensor) -> Tensor:
         with autocast(self.device, self.config.precision):
-            out, seen, _ = penultimate(self.model, pixels)
+            out, seen, _ = penultimate(self.model, pixels) if taught else (self.model(pixels), pixels, None)
         loss = F.cross_entropy(out.float(), labels)
-        if features is not None and weights is not None:
+        if taught:
+            features, weights = taught
             loss = loss + (weights * squared_share(seen.float(), features)).mean()
         loss = loss * (len(pixels) / whole)
         loss.backward()
