@@ -253,8 +253,8 @@ def test_stand_ins_change_their_share_of_a_batch_and_no_label(kind, spot):
     ("shape", "sizes"),
     [
         ((3, 32, 32), (0.02, 8 / 255, 1.0)),
-        ((1, 28, 20), (0.02, 8 / 255, 0.625)),
-        ((1, 8, 8), (4 / 64, 8 / 255, 0.5)),  # two pixels in a hundred would be one
+        ((1, 28, 30), (0.02, 8 / 255, 0.875)),
+        ((1, 16, 16), (16 / 256, 8 / 255, 0.5)),  # 2 % would be five pixels
         ((3, 1, 2), (1.0, 8 / 255, 0.5)),
         ((3, 224, 320), (0.02, 8 / 255, 7.0)),
     ],

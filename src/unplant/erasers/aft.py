@@ -87,7 +87,7 @@ class AFTConfig(AdversarialConfig):
         description="where neither was found: share of that part's images which carry any plane wave; 0: no such part",
     )
     patch_area: Share | None = Field(
-        default=None, gt=0, description="patch: largest share of the pixels under it; none: 0.02, but four pixels"
+        default=None, gt=0, description="patch: largest share of the pixels under it; none: 0.02, but 16 pixels"
     )
     universal_eps: Pixel | None = Field(
         default=None, gt=0, description="universal: radius of the L∞ ball; none: `eps`, but at least 8/255"

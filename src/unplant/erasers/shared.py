@@ -30,8 +30,8 @@ HIGHEST = 48 / 255
 LEAST_UNIVERSAL = 8 / 255
 """The smallest radius of the universal ball, in pixel units."""
 
-PATCH, LEAST_PATCH = 0.02, 4
-"""Share of the pixels under a patch, and the fewest pixels: with one, nothing like a patch fits on small images."""
+PATCH, LEAST_PATCH = 0.02, 16
+"""Share of the pixels under a patch, and the fewest pixels: on small images, too, a square of 4×4 must fit."""
 
 LEAST_REACH = 0.5
 """The least that warps may move a pixel, in pixels."""
