@@ -60,8 +60,8 @@ class AFTConfig(AdversarialConfig):
     examination: int = Field(
         default=60,
         ge=0,
-        description="steps of each kind to look for a trigger in the infected model; finding it decides stand_ins, "
-        "in_proportion and steps where they aren't given; 0: no look, no verdict",
+        description="steps of each kind to look for a trigger in the infected model; being sure decides stand_ins, "
+        "in_proportion, steadiness and steps where they aren't given; 0: no look, no verdict",
     )
     waves_tried: int = Field(
         default=300,
@@ -123,7 +123,7 @@ class AFTConfig(AdversarialConfig):
         "what goes into the infected model's; 0: only answers count",
     )
     steadiness: Real = Field(
-        default=8, ge=0, le=1000, description="the same for images that carry something, from the plain image's"
+        default=3, ge=0, le=1000, description="the same for images that carry something, from the plain image's"
     )
     steps: int = Field(default=150, ge=1, description="adversarial steps")
     clean_steps: int = Field(default=0, ge=0, description="plain steps afterwards")

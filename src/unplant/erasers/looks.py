@@ -102,10 +102,10 @@ def known_dose(found: Inverted) -> dict[str, Any]:
     """Settings for models in which a trigger was found.
 
     Stand-ins that imitate it are at hand, so little more is taught than works: but half, as what imitates a trigger at
-    first may cease to before the trigger is erased. Warps join where one stood out.
+    first may cease to before the trigger is erased. What is taught weighs more. Warps join where one stood out.
     """
     warps = any(kind == "warp" for kind, _ in found.standing_out)
-    return {"stand_ins": "all" if warps else "mixed", "in_proportion": True, "steps": 300}
+    return {"stand_ins": "all" if warps else "mixed", "in_proportion": True, "steadiness": 8.0, "steps": 300}
 
 
 def rounded(found: Inverted) -> dict[str, list[float]]:
