@@ -8,7 +8,7 @@ from torch import nn
 
 from unplant.detection.inverted import TALL, Inverted, invert
 from unplant.detection.waves import CYCLES, leading_waves
-from unplant.erasers import erasers, shared
+from unplant.erasers import aft, erasers, shared
 from unplant.erasers.aft import AFTConfig, to_see_through
 from unplant.erasers.looks import known_dose
 from unplant.erasers.shared import HIGHEST, any_wave, found_shift, seen_through, settle_sizes
@@ -376,6 +376,21 @@ class TestAFT:
         self.erase(Rows(*targets), clean_images(), steps=5, see_through=0, aim=0.25)
         assert told == {(known, 0.25)}
 
+    @pytest.mark.parametrize(
+        ("targets", "given", "weights"),
+        [((2,), {}, {8}), ((2,), {"steadiness": 1}, {1}), ((), {}, {3}), ((), {"steadiness": 1}, {1})],
+    )
+    def test_what_is_taught_weighs_more_where_the_look_is_sure(self, targets, given, weights, monkeypatch):
+        told, real = set(), aft.taught_by
+
+        def taught(infected, change, belief, likeness, steadiness):
+            told.add(steadiness)
+            return real(infected, change, belief, likeness, steadiness)
+
+        monkeypatch.setattr(aft, "taught_by", taught)
+        self.erase(Rows(*targets), clean_images(), steps=5, see_through=0, **given)
+        assert told == weights
+
     def test_where_none_is_found_all_is_as_the_config_says(self):
         erasure = self.erase(Rows(), clean_images(), steps=5)
         assert (erasure.findings.infected, erasure.findings.targets, erasure.trigger) == (False, (), None)
@@ -507,7 +522,8 @@ class TestAFT:
             ({"patch": patch, "warp": nothing}, "mixed"),
             ({"patch": nothing, "warp": patch}, "all"),
         ):
-            assert known_dose(Inverted({}, rates, data)) == {"stand_ins": kind, "in_proportion": True, "steps": 300}
+            dose = known_dose(Inverted({}, rates, data))
+            assert dose == {"stand_ins": kind, "in_proportion": True, "steadiness": 8, "steps": 300}
 
     def test_the_look_costs_the_purified_model_nothing(self):
         """Where nothing is found, the weights are those without a look: it has random numbers of its own."""
