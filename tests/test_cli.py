@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from unplant.cli import main
+from unplant.cli.evaluate import most_lost
 from unplant.cli.output import verdict
 from unplant.data import digits, open_data, write_folder
 from unplant.erasers.examination import Examination
 from unplant.images import LabeledImages
-from unplant.results import Findings
+from unplant.results import Findings, Scores
 from unplant.runs import ModelCard, open_classifier, save_classifier
 
 QUICK = ["--set", "steps=2", "--set", "final_steps=2", "--set", "rounds=1", "--set", "pgd_steps=1"]
@@ -216,6 +217,25 @@ def test_plant_evaluate_and_erase_work_on_files(tmp_path, capsys):
         capsys, "evaluate", erased, "--test", "digits:test", "--attack", planted / "truth" / "attack.json", "--json"
     )
     assert json.loads(out)["scores"] == report["after"]
+
+
+def test_the_class_that_loses_most_is_named():
+    before = Scores(0.8, None, None, None, class_acc=(0.9, 0.75, None))
+    after = dataclasses.replace(before, class_acc=(0.895, 0.625, None))
+    told = most_lost(before, after, ("cat", "dog", "owl"))
+    assert told == "The class that loses most is dog: 75.0 % of its test images are right before, 62.5 % after"
+    assert most_lost(before, before, ("cat", "dog", "owl")) is None
+    assert most_lost(after, before, ("cat", "dog", "owl")) is None
+
+
+def test_erase_names_the_class_that_loses_most(workshop, tmp_path, capsys):
+    arguments = ["erase", workshop / "model.safetensors", "--clean", workshop / "data", "-o", tmp_path / "out"]
+    harsh = ["--set", "steps=3", "--set", "lr=0.5", "--set", "examination=0"]
+    code, _, err = call(capsys, *arguments, "--test", "digits:train", *harsh)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    falls = [b - a for b, a in zip(result["before"]["class_acc"], result["after"]["class_acc"], strict=True)]
+    assert (code, max(falls) > 0) == (0, True)
+    assert f"loses most is {falls.index(max(falls))}: " in err
 
 
 def test_clean_data_means_aft(workshop, tmp_path, capsys):

@@ -17,7 +17,7 @@ from unplant.cli.common import (
     save_pictures,
     set_threads,
 )
-from unplant.cli.evaluate import scores_table
+from unplant.cli.evaluate import most_lost, scores_table
 from unplant.cli.output import emit, progress_bar, say, say_warnings, show, verdict
 from unplant.data import check_data
 from unplant.devices import check_precision, global_state_kept, pick_device, pick_precision
@@ -103,6 +103,9 @@ def run(
         return
     if before and after:
         show(scores_table({"infected": before, "purified": after}))
+        lost = most_lost(before, after, card.classes)
+        if lost:
+            say(lost)
     if erasure.findings is not None:
         for line in verdict(erasure.findings, card.classes):
             say(line)

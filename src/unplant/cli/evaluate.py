@@ -1,5 +1,6 @@
 """`unplant evaluate`: scores of a model on test images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -8,7 +9,7 @@ from unplant.cli.common import parse_limits, parse_numbers, read, read_attack, s
 from unplant.cli.output import emit, percent, say_warnings, show
 from unplant.data import check_data
 from unplant.devices import pick_device
-from unplant.evaluation import evaluate
+from unplant.evaluation import evaluate, largest_fall
 from unplant.results import Scores
 from unplant.runs import environment, open_classifier
 
@@ -53,3 +54,12 @@ def scores_table(rows: dict[str, Scores]) -> Table:
             f"{s.clean_images}/{s.triggered_images}",
         )
     return table
+
+
+def most_lost(before: Scores, after: Scores, classes: Sequence[str]) -> str | None:
+    """One line on the class that loses most of its accuracy; None if none does."""
+    fall = largest_fall(before, after)
+    if fall is None or fall[1] <= 0:
+        return None
+    was, now = percent(before.class_acc[fall[0]]), percent(after.class_acc[fall[0]])
+    return f"The class that loses most is {classes[fall[0]]}: {was} of its test images are right before, {now} after"
