@@ -48,17 +48,17 @@ def main() -> None:
         start = time.monotonic()
         erasure = method.run(model, clean, config, generator=torch.Generator().manual_seed(args.defence_seed))
         seconds = round(time.monotonic() - start)
+        about = {"cell": name, **here.to_json(), "test_images": len(test), "lengthened": args.lengthen}
+        if args.model:
+            about["training"] = None
         row = {
-            "cell": name,
+            **about,
             "label": label,
-            **here.to_json(),
             "clean_images": len(clean),
             "defence_seed": args.defence_seed,
-            "test_images": len(test),
-            "lengthened": args.lengthen,
             "attack": known.to_json(weights=False) if known else None,
             "eraser": {"method": args.method, **config.model_dump(mode="json")},
-            "before": measured_before(args.out, name, len(test)) or evaluate(model, test, known).to_json(),
+            "before": measured_before(args.out, about) or evaluate(model, test, known).to_json(),
             "after": evaluate(erasure.model, test, known).to_json(),
             "suspects": suspect_quality(erasure, torch.zeros(len(clean), dtype=torch.bool)),
             "findings": erasure.findings.to_json() if erasure.findings else None,
@@ -67,23 +67,22 @@ def main() -> None:
             "seconds": seconds,
             "environment": environment(),
         }
-        if args.model:
-            row["training"] = None
         print(line_of(row), flush=True)
         return row
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[part] for part in ("cell", "label", "clean_images", "defence_seed", "test_images"))
+        return tuple(row[part] for part in ("cell", "label", "clean_images", "defence_seed", "test_images", "seed"))
 
-    rows = run_missing(args, key, lambda name: (name, label, len(clean), args.defence_seed, len(test)), measure)
+    about = (label, len(clean), args.defence_seed, len(test), here.seed)
+    rows = run_missing(args, key, lambda name: (name, *about), measure)
     print("\n".join(table([row for row in rows if key(row)[1:3] == (label, len(clean))])))
 
 
-def measured_before(file: Path, cell: str, test_images: int) -> dict[str, Any] | None:
-    """The scores of the cell's infected model, class by class, if an earlier line has them on as many test images."""
+def measured_before(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The infected model's scores, class by class, if an earlier line has them of the same one and test images."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
-    same = (r["before"] for r in rows if (r["cell"], r["test_images"]) == (cell, test_images))
+    same = (r["before"] for r in rows if all(r.get(name) == value for name, value in about.items()))
     return next((before for before in same if before.get("class_acc")), None)
 
 
