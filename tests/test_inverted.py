@@ -13,7 +13,7 @@ from unplant.erasers.aft import AFTConfig, to_see_through
 from unplant.erasers.looks import known_dose
 from unplant.erasers.shared import HIGHEST, any_wave, found_shift, seen_through, settle_sizes
 from unplant.images import LabeledImages
-from unplant.inversion import Shifts, new_perturbations
+from unplant.inversion import Patches, Shifts, new_perturbations
 from unplant.training import fit
 
 CLASSES, SHAPE = 4, (1, 8, 8)
@@ -337,6 +337,16 @@ class TestPlaneWaves:
 
 def test_too_few_images_say_nothing():
     assert look(Rows(2), clean_images(19)) is None
+
+
+@pytest.mark.parametrize(("area", "rate", "told"), [(0.02, 0.8, True), (0.0625, 0.8, False), (0.0625, 0.92, True)])
+def test_patches_that_cover_much_must_take_nearly_all(area, rate, told):
+    """On 16×16 images a patch takes four in five images of clean models to a class."""
+    patches = Patches.new(4, SHAPE, area, generator())
+    found = Inverted({"patch": patches}, {"patch": torch.tensor([0.1, 0.05, rate, 0.1])}, clean_images(100))
+    assert found.standing_out == ([("patch", 2)] if told else [])
+    shifts = Shifts.new(4, SHAPE, 0.1, generator())
+    assert Inverted({"universal": shifts}, {"universal": torch.tensor([0, 0, 0.8, 0])}, clean_images(100)).standing_out
 
 
 class TestAFT:

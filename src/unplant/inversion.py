@@ -20,6 +20,10 @@ MEMORY = 0.9
 """What each further image leaves of the running mean that `rates` are."""
 
 
+USUAL_AREA = 0.02
+"""Share of the pixels that patches cover at most, where images aren't too small for it."""
+
+
 class Shared(ABC):
     """Perturbations of which each class has one, for all images."""
 

@@ -11,7 +11,7 @@ from unplant.detection.waves import drawn_at_random, plane_waves
 from unplant.devices import autocast
 from unplant.errors import UsageError
 from unplant.images import EndlessBatches, LabeledImages
-from unplant.inversion import Shared, choose_targets, new_perturbations
+from unplant.inversion import USUAL_AREA, Shared, choose_targets, new_perturbations
 from unplant.training import Change
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ HIGHEST = 48 / 255
 LEAST_UNIVERSAL = 8 / 255
 """The smallest radius of the universal ball, in pixel units."""
 
-PATCH, LEAST_PATCH = 0.02, 16
-"""Share of the pixels under a patch, and the fewest pixels: on small images, too, a square of 4×4 must fit."""
+LEAST_PATCH = 16
+"""The fewest pixels under a patch: on small images, too, a square of 4×4 must fit."""
 
 LEAST_REACH = 0.5
 """The least that warps may move a pixel, in pixels."""
@@ -41,7 +41,7 @@ def settle_sizes(config: "AFTConfig", shape: tuple[int, int, int]) -> "AFTConfig
     """With sizes of shared stand-ins that suit images (C, H, W) where none are given."""
     _, height, width = shape
     sizes = {
-        "patch_area": min(1.0, max(PATCH, LEAST_PATCH / (height * width))),
+        "patch_area": min(1.0, max(USUAL_AREA, LEAST_PATCH / (height * width))),
         "universal_eps": max(config.eps or 0.0, LEAST_UNIVERSAL),
         "warp_reach": max(min(height, width) / 32, LEAST_REACH),
     }
