@@ -436,6 +436,19 @@ class TestAFT:
         assert lost.sure
         assert lost.certain == certain
 
+    @pytest.mark.parametrize(("second", "certain"), [(1.0, False), (0.91, False), (0.82, True), (0.1, True)])
+    def test_of_no_other_class_nearly_as_many_may_go(self, second, certain):
+        """Clean models of the digits that know their images by heart lost 0.91 and more of a second class."""
+        lost = Inverted({}, {"universal": torch.tensor([0.1, second, 0.2, 1.0, 0.1])}, clean_images(36))
+        assert lost.standing_out[0] in {("universal", 1), ("universal", 3)}
+        assert lost.certain == certain
+
+    def test_of_many_classes_one_in_ten_may_go(self):
+        for others, certain in ((4, True), (5, False)):
+            rates = torch.full((43,), 0.1)
+            rates[: others + 1] = 1.0
+            assert Inverted({}, {"universal": rates}, clean_images(100)).certain == certain
+
     @pytest.mark.parametrize(
         ("kind", "see_through", "then"),
         [

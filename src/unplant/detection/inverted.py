@@ -24,7 +24,8 @@ WORKS = 0.6
 much more than usual: on 16×16 digits they took up to 0.81 of a clean model's images to a class."""
 
 ODDS = 10.0
-"""How many times its odds to do so are those of the median of the other classes' perturbations, at least."""
+"""How many times its odds to do so are those of the median of the other classes' perturbations, at least; where it is to
+be certain, of all but one in ten."""
 
 SURE = 0.9
 """Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone, and
@@ -65,17 +66,14 @@ class Inverted:
         Waves, which clean models obey, too, count only where that is beyond chance, and patches that cover much more
         than usual, as they do on small images, only where they take nearly all.
         """
-        found, count = [], len(self.held_out)
-        for kind, rates in self.rates.items():
-            odds = (rates * count + 0.5) / ((1 - rates) * count + 0.5)  # half an image more on both sides
-            for target, rate in enumerate(rates.tolist()):
-                others = torch.cat([odds[:target], odds[target + 1 :]]).median()
-                if (
-                    rate >= self.least(kind)
-                    and odds[target] >= ODDS * others
-                    and (kind != "wave" or self.beyond_chance(kind, target))
-                ):
-                    found.append((rate, kind, target))
+        found = [
+            (rate, kind, target)
+            for kind, rates in self.rates.items()
+            for target, rate in enumerate(rates.tolist())
+            if rate >= self.least(kind)
+            and self.outdoes(kind, target)
+            and (kind != "wave" or self.beyond_chance(kind, target))
+        ]
         sure = {target for rate, _, target in found if rate >= SURE}
         found = [entry for entry in found if not sure or entry[2] in sure]
         return [(kind, target) for _, kind, target in sorted(found, key=lambda entry: -entry[0])]
@@ -94,8 +92,25 @@ class Inverted:
 
     @property
     def certain(self) -> bool:
-        """Whether that is true beyond the chance of so few images: of the rate's lower 95 % bound."""
-        return self.sure and self.beyond_chance(*self.standing_out[0])
+        """Whether that is true beyond chance, and of that class alone.
+
+        Beyond the chance of so few images: of the rate's lower 95 % bound. Alone: beside all other classes but one
+        in ten, not only beside half of them, as a clean model that knows its images by heart gives in to several.
+        """
+        if not self.sure:
+            return False
+        strongest = self.standing_out[0]
+        return self.beyond_chance(*strongest) and self.outdoes(*strongest, but=10)
+
+    def outdoes(self, kind: str, target: int, *, but: int = 2) -> bool:
+        """Whether the odds of that class's perturbation are `ODDS` times those of all others but one in so many.
+
+        One in two is left aside: the median is what is asked then; one in ten: of up to ten classes none.
+        """
+        count, rates = len(self.held_out), self.rates[kind]
+        odds = (rates * count + 0.5) / ((1 - rates) * count + 0.5)  # half an image more on both sides
+        others = torch.cat([odds[:target], odds[target + 1 :]]).sort().values
+        return len(others) > 0 and bool(odds[target] >= ODDS * others[-1 - len(others) // but])
 
     def beyond_chance(self, kind: str, target: int) -> bool:
         """Whether that perturbation takes nearly all images there, by the lower 95 % bound."""
