@@ -30,7 +30,7 @@ def main() -> None:
         model, data, poisoned = it.model, it.data, it.poisoned
         outputs = logits(model, data)
         many = outweighing(data.labels, data.num_classes, config.outweighs)
-        split = split_classes(activations(model, data), data.labels, many, least_gain=config.least_gain)
+        split, *_ = split_classes(activations(model, data), data.labels, many, least_gain=config.least_gain)
         for label in data.labels.unique().tolist():
             members = data.labels == label
             groups = {None: members}

@@ -58,11 +58,11 @@ def main() -> None:
             "seconds": round(time.monotonic() - start),
             "environment": environment(),
         }
-        said = next(step for step in run.rounds if step["step"] == "examined")
-        for number, fall in enumerate(said["fall"]):
-            if fall > 0.25:
-                told = f"fall {fall:.2f}, shows {said['shows'][number]:.2f}, left out {said['left_out'][number]}"
-                print(f"{name}, class {number}: {told}, {row['poisoned_left_out'][number]} poisoned", flush=True)
+        for said in (step for step in run.rounds if step["step"] == "examined"):
+            for number, fall in enumerate(said["fall"]):
+                if fall > 0.25:
+                    told = f"fall {fall:.2f}, shows {said['shows'][number]:.2f}, left out {said['left_out'][number]}"
+                    print(f"{name}, class {number}: {told}, {row['poisoned_left_out'][number]} poisoned", flush=True)
         return row
 
     run_missing(

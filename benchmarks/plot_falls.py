@@ -27,11 +27,11 @@ def main() -> None:
     figure = Figure(figsize=(1.0 + 0.75 * len(rows), 4.2), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(rows):
-        steps = {step["step"]: step for step in row["rounds"]}
-        groups, falls = steps["groups"], steps["examined"]["fall"]
+        splits, trials = ([step for step in row["rounds"] if step["step"] == name] for name in ("groups", "examined"))
         target = row["attack"]["target"] if row["attack"] else None
-        for label, share in enumerate(groups["minor_share"]):
-            if share == 0:
+        tried = zip(splits, (trial["fall"] for trial in trials), strict=True)  # once more where nobody was convicted
+        for groups, falls, label in ((*pair, label) for pair in tried for label in range(len(pair[1]))):
+            if groups["minor_share"][label] == 0:
                 continue
             poisoned = label == target
             seen = groups["carriers" if "carriers" in groups else "side"][label] != 0  # "side": in older results

@@ -177,7 +177,7 @@ class TestClusters:
         two, one = clouds(generator, apart=6.0), clouds(generator, apart=0.0)
         noise = torch.randn(200, 30, generator=generator)
         labels = torch.tensor([0] * 100 + [1] * 100)
-        split = split_classes([noise, torch.cat([two, one])], labels, HALVES, least_gain=0.125)
+        split, *_ = split_classes([noise, torch.cat([two, one])], labels, HALVES, least_gain=0.125)
         assert split.group.tolist() == [0] * 60 + [1] * 40 + [0] * 100
         assert split.count.tolist() == [2, 1]
         assert split.minor_share.tolist() == pytest.approx([0.4, 0.0])
@@ -188,17 +188,34 @@ class TestClusters:
         points[100:180, :5] += 8
         points[180:, 5:10] += 8
         labels, many = torch.zeros(250, dtype=torch.int64), torch.tensor([True])
-        split = split_classes([points], labels, many, least_gain=0.125)
+        split, *_ = split_classes([points], labels, many, least_gain=0.125)
         assert split.group.tolist() == [0] * 100 + [1] * 80 + [2] * 70
         assert split.count.tolist() == [3]
         assert split.minor_share.tolist() == pytest.approx([0.6])
-        assert int(split_classes([points], labels, ~many, least_gain=0.125).count) == 2
+        assert int(split_classes([points], labels, ~many, least_gain=0.125)[0].count) == 2
+
+    def test_other_groups_at_other_depths_are_told_after_the_most_evident(self, generator):
+        """Each class by itself: the first falls apart in three ways, one of them twice; the second in one."""
+        labels = torch.tensor([0] * 100 + [1] * 100)
+        first, second, third = (torch.randn(200, 30, generator=generator) for _ in range(3))
+        first[:20, :10] += 8  # the same groups at two depths
+        second[:20, :10] += 7
+        second[100:150, :10] += 6
+        third[50:100, :10] += 6
+        splits = split_classes([third, first, second], labels, HALVES, least_gain=0.125)
+        assert [split.count.tolist() for split in splits] == [[2, 2], [2, 1]]
+        first_class = [split.group[:100].tolist() for split in splits]
+        ways = [1] * 20 + [0] * 80, [0] * 50 + [1] * 50
+        assert sorted(first_class) == sorted(ways) or sorted(first_class) == sorted([ways[0], [1] * 50 + [0] * 50])
+        assert splits[0].gain[0] > splits[1].gain[0] > 0.125
+        assert not splits[1].group[100:].any()
+        assert splits[1].gain[1] == 0
 
     def test_third_groups_of_a_few_images_do_not_count(self, generator):
         points = torch.randn(225, 30, generator=generator)
         points[100:200, :5] += 8
         points[200:, 5:10] += 8
-        split = split_classes([points], torch.zeros(225).long(), torch.tensor([True]), least_gain=0.125)
+        split, *_ = split_classes([points], torch.zeros(225).long(), torch.tensor([True]), least_gain=0.125)
         assert split.count.tolist() == [2]
 
     def test_gain_is_half_the_difference_of_the_bic_per_image(self, generator):
@@ -206,7 +223,7 @@ class TestClusters:
         from sklearn.mixture import GaussianMixture
 
         points = clouds(generator, apart=6.0)
-        split = split_classes([points], torch.zeros(100, dtype=torch.int64), HALVES[:1], least_gain=0.125)
+        split, *_ = split_classes([points], torch.zeros(100, dtype=torch.int64), HALVES[:1], least_gain=0.125)
         scaled = (points / points.std(0)).double().numpy()
         reduced = PCA(10, random_state=0).fit_transform(scaled)
         bic = [
@@ -217,9 +234,11 @@ class TestClusters:
 
     def test_small_classes_and_constant_features_are_left_whole(self, generator):
         few = clouds(generator, apart=6.0, sizes=(15, 15))
-        split = split_classes([few], torch.zeros(30, dtype=torch.int64), HALVES, least_gain=0.125)
+        split, *_ = split_classes([few], torch.zeros(30, dtype=torch.int64), HALVES, least_gain=0.125)
         assert not split.group.any()
-        split = split_classes([torch.ones(100, 5)], torch.zeros(100, dtype=torch.int64), HALVES[:1], least_gain=0.125)
+        split, *_ = split_classes(
+            [torch.ones(100, 5)], torch.zeros(100, dtype=torch.int64), HALVES[:1], least_gain=0.125
+        )
         assert not split.group.any()
 
 
@@ -267,7 +286,7 @@ def test_the_cross_examination_finds_the_poison_whichever_group_it_is(poison_is,
         taught[model] = part
         return model, sure if part[poisoned].any() else torch.where(poisoned[:, None], -sure, sure)
 
-    split = split_classes([layer], labels, HALVES, least_gain=0.125)
+    split, *_ = split_classes([layer], labels, HALVES, least_gain=0.125)
     found = cross_examine(split, nobody(200), nn.Identity(), sure, labels, purify, **limits(split))
     assert torch.equal(found.left_out, poisoned)
     assert torch.equal(taught[found.start], ~poisoned)
@@ -324,7 +343,7 @@ def test_a_group_with_a_working_trigger_needs_no_trial(works_on, kept, stays_out
         calls.append(part)
         return nn.Identity(), torch.where(poisoned[:, None], torch.tensor([kept, 1 - kept]).log(), sure)
 
-    split = split_classes([layer], labels, HALVES, least_gain=0.125)
+    split, *_ = split_classes([layer], labels, HALVES, least_gain=0.125)
     carrying = (labels == 0) & (split.group == split.group[0])
     none = torch.zeros_like(carrying)
     both = (carrying, none) if works_on == "all classes" else (none, carrying)
@@ -352,7 +371,7 @@ def test_a_natural_group_that_falls_a_little_is_trusted_again(generator):
         calls.append(part)
         return nn.Identity(), torch.where(rare[:, None], outputs(0.6), outputs(0.99))
 
-    split = split_classes([layer], labels, HALVES, least_gain=0.125)  # no image has the last label
+    split, *_ = split_classes([layer], labels, HALVES, least_gain=0.125)  # no image has the last label
     found = cross_examine(
         split,
         nobody(100),

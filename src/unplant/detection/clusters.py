@@ -3,7 +3,8 @@
 Poisoned images of a class share features that its clean images don't have. Activation Clustering (Chen et al., 2018,
 arXiv:1811.03728) looks at the last layer with k-means; here several depths are tried, and the evidence for two
 components over one is measured. In classes that outweigh the others, where poison may be most of what there is, more
-components are allowed: images of all other classes, under one label, are kinds of their own.
+components are allowed: images of all other classes, under one label, are kinds of their own. What is most evident need
+not be the poison, so that other groups at other depths are told as well.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ SMALLEST_CLASS = 40
 
 MANY = 5
 """Most groups of a class that outweighs the others."""
+
+UNLIKE = 0.5
+"""Groups at another depth are others if their adjusted Rand index (1: the same, 0: chance) is no more than that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +56,8 @@ def outweighing(labels: Tensor, num_classes: int, times: float) -> Tensor:
 
 def split_classes(
     layers: list[Tensor], labels: Tensor, many: Tensor, *, least_gain: float, dimensions: int = 10
-) -> Split:
-    """Splits each class at the depth where groups are most evident.
+) -> list[Split]:
+    """Splits each class at the depth where groups are most evident, and at others where there are others.
 
     Args:
         layers: features (N, D) at several depths.
@@ -61,25 +65,48 @@ def split_classes(
         many: bool (K,), classes that may fall into up to `MANY` groups; the others into two.
         least_gain: a class with less evidence, in nats an image, isn't split.
         dimensions: principal components that are kept.
+
+    Returns:
+        First each class's most evident groups; then, as long as any class has more, the most evident ones that are
+        unlike those before (`UNLIKE`).
     """
-    classes = len(many)
+    scales = [layer.std(0).clamp(min=1e-6) for layer in layers]  # every channel counts alike
+    found: list[list[tuple[float, np.ndarray]]] = []
+    for label in range(len(many)):
+        members = (labels == label).nonzero().flatten()
+        depths = []
+        if len(members) >= max(SMALLEST_CLASS, 4 * dimensions):
+            most = MANY if many[label] else 2
+            depths = [
+                _groups((layer[members] / scale).numpy(), most, dimensions)
+                for layer, scale in zip(layers, scales, strict=True)
+            ]
+        found.append(_unlike(depths, least_gain))
+    times = max(1, *(len(depths) for depths in found)) if found else 1
+    return [_split([depths[turn : turn + 1] for depths in found], labels, least_gain) for turn in range(times)]
+
+
+def _unlike(depths: list[tuple[float, np.ndarray]], least_gain: float) -> list[tuple[float, np.ndarray]]:
+    """Gains and groups of one class, the most evident first; then those that are evident, and unlike all before."""
+    from sklearn.metrics import adjusted_rand_score
+
+    kept: list[tuple[float, np.ndarray]] = []
+    for gain, group in sorted(depths, key=lambda pair: -pair[0]):
+        if not kept or (gain >= least_gain and all(adjusted_rand_score(group, other) <= UNLIKE for _, other in kept)):
+            kept.append((gain, group))
+    return kept
+
+
+def _split(found: list[list[tuple[float, np.ndarray]]], labels: Tensor, least_gain: float) -> Split:
+    """The groups of all classes together; of each class a gain and its groups, or nothing."""
+    classes = len(found)
     group = torch.zeros(len(labels), dtype=torch.int64)
     gain, share = torch.zeros(classes), torch.zeros(classes)
     count = torch.ones(classes, dtype=torch.int64)
-    scales = [layer.std(0).clamp(min=1e-6) for layer in layers]  # every channel counts alike
-    for label in range(classes):
-        members = (labels == label).nonzero().flatten()
-        if len(members) < max(SMALLEST_CLASS, 4 * dimensions):
-            continue
-        most = MANY if many[label] else 2
-        found = [
-            _groups((layer[members] / scale).numpy(), most, dimensions)
-            for layer, scale in zip(layers, scales, strict=True)
-        ]
-        best_gain, best = max(found, key=lambda pair: pair[0])
-        gain[label] = best_gain
-        if best_gain >= least_gain:
-            group[members] = torch.from_numpy(best)
+    for label, evidence, best in ((label, *pair) for label, pairs in enumerate(found) for pair in pairs):
+        gain[label] = evidence
+        if evidence >= least_gain:
+            group[labels == label] = torch.from_numpy(best)
             count[label] = int(best.max()) + 1
             share[label] = float((best > 0).mean())
     return Split(group, gain, count, share)

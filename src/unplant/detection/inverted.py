@@ -24,8 +24,8 @@ WORKS = 0.6
 much more than usual: on 16×16 digits they took up to 0.81 of a clean model's images to a class."""
 
 ODDS = 10.0
-"""How many times its odds to do so are those of the median of the other classes' perturbations, at least; where it is to
-be certain, of all but one in ten."""
+"""How many times its odds to do so are those of the median of the other classes' perturbations, at least; where it must
+be certain, those of all but one in ten."""
 
 SURE = 0.9
 """Share of the images from which a perturbation imitates the trigger well enough to fine-tune against it alone, and

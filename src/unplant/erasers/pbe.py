@@ -45,6 +45,9 @@ class PBEConfig(ExaminationConfig, AdversarialConfig):
     least_gain: Real = Field(
         default=0.125, ge=0, description="clusters: nats an image from which a class is split in two"
     )
+    other_depths: bool = Field(
+        default=True, description="clusters: where nobody is convicted, try groups that are evident at other depths"
+    )
     outweighs: Real = Field(
         default=3.0, ge=1, description="clusters: times the median class's images from which up to 5 groups are tried"
     )

@@ -123,7 +123,30 @@ class Run:
         return adversarial, total - adversarial
 
     def examine(self) -> Examination:
-        """Groups in the features of θ₀, and what becomes of them when θ₀ is purified without them."""
+        """Groups in the features of θ₀, and what becomes of them when θ₀ is purified without them.
+
+        The most evident ones; where that convicts nobody, others at other depths, until somebody is.
+        """
+        infected, data, config = self.infected, self.data, self.config
+        self.layers = activations(infected, data, precision=config.precision)
+        many = outweighing(data.labels, data.num_classes, config.outweighs)
+        splits = split_classes(self.layers, data.labels, many, least_gain=config.least_gain)
+        found = self.examined(splits[0], many)
+        for other in splits[1:] if config.other_depths else ():
+            if found.left_out.any():
+                break
+            again = self.examined(other, many)
+            in_doubt = (found.in_doubt | again.in_doubt) & ~again.left_out
+            found = replace(again if again.left_out.any() else found, in_doubt=in_doubt)
+        self.left_out, self.own_label, self.in_doubt = found.left_out, found.own_label, found.in_doubt
+        self.by_right = self.own_label
+        if config.by_right and self.own_label.any():
+            self.by_right, shares = by_right(infected, data, self.own_label, self.before, config.precision)
+            self.rounds.append({"step": "kept their label", "show others": shares})
+        return found
+
+    def examined(self, split: Split, many: Tensor) -> Examination:
+        """The same of these groups; `many` is what classes outweigh the others, bool (K,)."""
         infected, data, config = self.infected, self.data, self.config
 
         def purify(part: Tensor, why: str, times: int) -> tuple[nn.Module, Tensor]:
@@ -131,9 +154,6 @@ class Run:
             model = self.learn(infected, lesson, steps, why, config.adversarial_share, trial=True)
             return model, self.outputs(model)
 
-        self.layers = activations(infected, data, precision=config.precision)
-        many = outweighing(data.labels, data.num_classes, config.outweighs)
-        split = split_classes(self.layers, data.labels, many, least_gain=config.least_gain)
         carrying = self.nobody, self.nobody
         if config.transplants:
             carrying = carriers(infected, data, split, self.before, config.precision)
@@ -141,14 +161,7 @@ class Run:
         self.rounds.append({"step": "groups", **split.to_json(), "carriers": carried.tolist()})
         found = cross_examine(split, carrying, infected, self.before, data.labels, purify, many, config)
         self.rounds.append({"step": "examined", **found.to_json(data.labels)})
-        if config.bared:
-            found = self.bared(found, split)
-        self.left_out, self.own_label, self.in_doubt = found.left_out, found.own_label, found.in_doubt
-        self.by_right = self.own_label
-        if config.by_right and self.own_label.any():
-            self.by_right, shares = by_right(infected, data, self.own_label, self.before, config.precision)
-            self.rounds.append({"step": "kept their label", "show others": shares})
-        return found
+        return self.bared(found, split) if config.bared else found
 
     def bared(self, found: Examination, split: Split) -> Examination:
         """The same, and groups that kept their label in the trials, but hide what they show (`hidden_contents`)."""
