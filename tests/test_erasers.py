@@ -8,6 +8,7 @@ from torch import nn
 
 import unplant
 from unplant.classifier import Classifier
+from unplant.detection.clusters import Split
 from unplant.detection.transplant import Recovered, Transplant
 from unplant.erasers import erasers
 from unplant.erasers.base import Method, settle
@@ -71,6 +72,36 @@ def test_pbe_reports_the_classes_that_its_examination_left_in_doubt(monkeypatch)
     assert (erasure.findings.infected, erasure.findings.in_doubt) == (False, (2,))
     assert erasure.ranked_in_doubt().tolist() == [i for i in reversed(range(40)) if data.labels[i] == 2]
     assert len(erasure.ranked()) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "convicts", "tried"),
+    [({}, 0, [0]), ({}, 1, [0, 1]), ({}, 2, [0, 1, 2]), ({}, None, [0, 1, 2]), ({"other_depths": False}, 1, [0])],
+    ids=str,
+)
+def test_other_depths_are_asked_until_somebody_is_convicted(settings, convicts, tried, monkeypatch):
+    """The first class is in doubt each time but where it is convicted."""
+    data = noise(count=80)
+    splits = [Split(torch.full((80,), turn), torch.ones(4), torch.ones(4).long(), torch.zeros(4)) for turn in range(3)]
+    seen, nobody, few = [], torch.zeros(80, dtype=torch.bool), torch.zeros(4)
+
+    def found(split, carrying, infected, before, labels, purify, many, config):
+        seen.append(int(split.group[0]))
+        guilty = (labels == seen[-1]) if seen[-1] == convicts else nobody
+        score, none, doubted = torch.full((80,), float(seen[-1])), few > 0, (labels == 0) & ~guilty
+        return Examination(guilty, score, before, infected, few, few, nobody, none, none, nobody, doubted)
+
+    monkeypatch.setattr("unplant.erasers.pbe_run.split_classes", lambda *_, **__: splits)
+    monkeypatch.setattr("unplant.erasers.pbe_run.carriers", lambda *_: (nobody, nobody))
+    monkeypatch.setattr("unplant.erasers.pbe_run.cross_examine", found)
+    config = erasers["pbe"].configure(batch_size=16, bared=False, **settings)
+    state = Run(network(data), data, config, torch.Generator().manual_seed(0), None)
+    said, convicted = state.examine(), convicts is not None and convicts in tried
+    assert seen == tried
+    assert [entry["step"] for entry in state.rounds].count("examined") == len(tried)
+    assert torch.equal(state.left_out, data.labels == convicts if convicted else nobody)
+    assert torch.equal(state.in_doubt, nobody if convicts == 0 else data.labels == 0)
+    assert (said.score == (convicts if convicted else 0)).all()
 
 
 @pytest.mark.parametrize("asked", [True, False])
