@@ -24,6 +24,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "adversarial examples (noise)": {"pgd_step_size": 1e-9},
     "a fitting ball (6/255)": {"eps": 6 / 255},
     "short filters": {"filter_length": 0},
+    "other depths": {"other_depths": False},
     "trials of both halves": {"balanced": 1},
     "longer trials": {"longer": 1},
     "`believed`": {"believed": False},

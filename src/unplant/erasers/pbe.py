@@ -86,7 +86,7 @@ class PBEConfig(ExaminationConfig, AdversarialConfig):
         default=None, gt=0, description="epochs a round on D_ext: the first adversarial, the others for `steps` only"
     )
     final_steps: int | None = Field(
-        default=None, ge=0, description="steps of the ending; none: three epochs of the data, at least 150"
+        default=None, ge=0, description="steps of the ending; none: three epochs, but 1,000 if twelve have as many"
     )
     final_adversarial_share: Share = Field(default=0.0, description="ending: share of each batch made adversarial")
     relabel: bool = Field(

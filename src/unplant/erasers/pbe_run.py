@@ -36,6 +36,17 @@ MOST = 0.5
 """Undecided images are acquitted before the ending if more than this share of the classes lost a group."""
 
 
+def ending_steps(epoch: int) -> int:
+    """Steps of the ending, where an epoch has so many: three epochs; 1,000 steps, if twelve epochs have as many.
+
+    With fewer the classes don't find their balance again: on 10,000 images one of them fell by 6 to 15 points.
+
+    >>> [ending_steps(epoch) for epoch in (5, 23, 79, 157, 391)]
+    [150, 276, 948, 1000, 1173]
+    """
+    return max(150, 3 * epoch, min(1000, 12 * epoch))
+
+
 class Run:
     """One run of PBE.
 
@@ -73,7 +84,7 @@ class Run:
         self.around = {"generator": generator, "progress": progress, "journal": journal}
         epoch = steps_of(1, data, config.batch_size)
         self.steps = max(50, epoch // 2) if config.steps is None else config.steps
-        self.final_steps = max(150, 3 * epoch) if config.final_steps is None else config.final_steps
+        self.final_steps = ending_steps(epoch) if config.final_steps is None else config.final_steps
         self.before = self.outputs(infected)
         self.nobody = torch.zeros(len(data), dtype=torch.bool)
         self.left_out = self.own_label = self.by_right = self.in_doubt = self.nobody
