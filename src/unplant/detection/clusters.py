@@ -22,6 +22,9 @@ MANY = 5
 UNLIKE = 0.5
 """Groups at another depth are others if their adjusted Rand index (1: the same, 0: chance) is no more than that."""
 
+Kinds = tuple[float, np.ndarray]
+"""A class's gain and groups at one depth: see `Split`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -71,7 +74,7 @@ def split_classes(
         unlike those before (`UNLIKE`).
     """
     scales = [layer.std(0).clamp(min=1e-6) for layer in layers]  # every channel counts alike
-    found: list[list[tuple[float, np.ndarray]]] = []
+    found = []
     for label in range(len(many)):
         members = (labels == label).nonzero().flatten()
         depths = []
@@ -82,28 +85,30 @@ def split_classes(
                 for layer, scale in zip(layers, scales, strict=True)
             ]
         found.append(_unlike(depths, least_gain))
-    times = max(1, *(len(depths) for depths in found)) if found else 1
-    return [_split([depths[turn : turn + 1] for depths in found], labels, least_gain) for turn in range(times)]
+    turns = [
+        {label: depths[turn] for label, depths in enumerate(found) if turn < len(depths)}
+        for turn in range(max([1, *map(len, found)]))
+    ]
+    return [_split(kinds, labels, len(many), least_gain) for kinds in turns]
 
 
-def _unlike(depths: list[tuple[float, np.ndarray]], least_gain: float) -> list[tuple[float, np.ndarray]]:
-    """Gains and groups of one class, the most evident first; then those that are evident, and unlike all before."""
+def _unlike(depths: list[Kinds], least_gain: float) -> list[Kinds]:
+    """Of one class, the most evident first; then those that are evident, and unlike all before."""
     from sklearn.metrics import adjusted_rand_score
 
-    kept: list[tuple[float, np.ndarray]] = []
+    kept: list[Kinds] = []
     for gain, group in sorted(depths, key=lambda pair: -pair[0]):
         if not kept or (gain >= least_gain and all(adjusted_rand_score(group, other) <= UNLIKE for _, other in kept)):
             kept.append((gain, group))
     return kept
 
 
-def _split(found: list[list[tuple[float, np.ndarray]]], labels: Tensor, least_gain: float) -> Split:
-    """The groups of all classes together; of each class a gain and its groups, or nothing."""
-    classes = len(found)
+def _split(kinds: dict[int, Kinds], labels: Tensor, classes: int, least_gain: float) -> Split:
+    """All classes together; those that aren't named have one group."""
     group = torch.zeros(len(labels), dtype=torch.int64)
     gain, share = torch.zeros(classes), torch.zeros(classes)
     count = torch.ones(classes, dtype=torch.int64)
-    for label, evidence, best in ((label, *pair) for label, pairs in enumerate(found) for pair in pairs):
+    for label, (evidence, best) in kinds.items():
         gain[label] = evidence
         if evidence >= least_gain:
             group[labels == label] = torch.from_numpy(best)
@@ -112,7 +117,7 @@ def _split(found: list[list[tuple[float, np.ndarray]]], labels: Tensor, least_ga
     return Split(group, gain, count, share)
 
 
-def _groups(features: np.ndarray, most: int, dimensions: int) -> tuple[float, np.ndarray]:
+def _groups(features: np.ndarray, most: int, dimensions: int) -> Kinds:
     """The gain of the best mixture of 2 to `most` Gaussians over one, and the groups, int64 (N,), by size."""
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
