@@ -58,8 +58,8 @@ that. Asked where `SHOWS` is."""
 
 CERTAIN = 0.95
 """A group that lost so much of its label's probability (the rest of its class aside) is convicted whatever it shows: a
-blend can hide what else is in its images. Natural groups of nine models that know the digits by heart lost 0.90 at most,
-groups of all-to-all poison that hardly works 0.96 and more."""
+blend can hide what else is in its images. Natural groups of nine models that know the digits by heart lost 0.90 at
+most, groups of all-to-all poison that hardly works 0.96 and more."""
 
 DOUBT = 0.7
 """A group that lost this share of what would convict it is in doubt: two of 59 runs on clean models had such a group,
