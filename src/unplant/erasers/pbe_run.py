@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from unplant.erasers.pbe import PBEConfig
 
 
-MOST = 0.5
-"""Undecided images are acquitted before the ending if more than this share of the classes lost a group."""
-
-
 def ending_steps(epoch: int) -> int:
     """Steps of the ending, where an epoch has so many: three epochs; 1,000 steps, if twelve epochs have as many.
 
@@ -216,12 +212,9 @@ class Run:
     def last_lesson(self, lesson: Lesson, suspects: Tensor, after: Tensor) -> Lesson:
         """Undecided images that take after D_ext join it: the hard ones of their classes.
 
-        Only where most classes lost a group (all-to-all): elsewhere D_ext has enough hard ones, and poison that
-        joins it, too, isn't worth the risk.
+        Without them a class that lost a group is unlearnt in part: its hard images are what θ gets wrong so far.
         """
-        labels = self.data.labels
-        most = len(labels[suspects & self.left_out].unique()) > MOST * len(labels.unique())
-        if self.config.acquit is None or not most:
+        if self.config.acquit is None:
             return lesson
         odds = self.odds(suspects, lesson.images, after)
         self.acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
