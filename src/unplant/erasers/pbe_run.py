@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from unplant.erasers.pbe import PBEConfig
 
 
+MOST = 0.5
+"""Undecided images are acquitted at the odds of `acquit` if more than this share of the classes lost a group."""
+
+SURER = 10.0
+"""So many times higher must the odds be elsewhere, where less is at stake. In a model that knew Adaptive-Blend by heart
+41 of 191 images that would be acquitted at odds of ten were poisoned, at a hundred 7 of 101."""
+
+
 def ending_steps(epoch: int) -> int:
     """Steps of the ending, where an epoch has so many: three epochs; 1,000 steps, if twelve epochs have as many.
 
@@ -216,8 +224,10 @@ class Run:
         """
         if self.config.acquit is None:
             return lesson
-        odds = self.odds(suspects, lesson.images, after)
-        self.acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
+        labels, odds = self.data.labels, self.odds(suspects, lesson.images, after)
+        most = len(labels[suspects & self.left_out].unique()) > MOST * len(labels.unique())
+        least = self.config.acquit * (1 if most else SURER)
+        self.acquitted = (odds < -math.log(least)) & ~self.left_out
         self.rounds.append(
             {"step": "acquitted", "undecided": int(odds.isfinite().sum()), "next": int(self.acquitted.sum())}
         )
