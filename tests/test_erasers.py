@@ -179,16 +179,20 @@ TRIGGER = Recovered(Transplant(torch.ones(1, 16, 16), torch.zeros(1, 16, 16)))
 
 
 @pytest.mark.parametrize("trigger", [TRIGGER, None])
-@pytest.mark.parametrize("lost_a_group", [(1,), (1, 2, 3)])
-def test_undecided_images_that_take_after_the_others_are_acquitted(lost_a_group, trigger):
-    """With and without a trigger in view, and however many classes lost a group."""
-    case = Undecided(lost_a_group)
+def test_undecided_images_that_take_after_the_others_are_acquitted_with_and_without_a_trigger_in_view(trigger):
+    case = Undecided((1, 2, 3))
     lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, trigger), case.suspects, case.after)
     acquitted = case.concerned & (case.place >= 80) & (case.place < 90)
     assert torch.equal(lesson.images, case.extra | acquitted)
     assert lesson.trigger is trigger
-    classes = len(lost_a_group)
-    assert case.state.rounds[-1] == {"step": "acquitted", "undecided": 20 * classes, "next": 10 * classes}
+    assert case.state.rounds[-1] == {"step": "acquitted", "undecided": 60, "next": 30}
+
+
+@pytest.mark.parametrize("lost_a_group", [(1,), (1, 2)])
+def test_nobody_is_acquitted_unless_most_classes_lost_a_group(lost_a_group):
+    case = Undecided(lost_a_group)
+    lesson = case.state.last_lesson(Lesson(case.extra, case.data.labels, TRIGGER), case.suspects, case.after)
+    assert torch.equal(lesson.images, case.extra)
 
 
 def test_nobody_of_a_group_left_out_is_acquitted():

@@ -72,7 +72,7 @@ class PBEConfig(ExaminationConfig, AdversarialConfig):
     acquit: Real | None = Field(
         default=10.0,
         ge=1,
-        description="ending: odds of being clean at which undecided images join D_ext",
+        description="ending: odds of being clean at which undecided images join D_ext, where most classes lost a group",
     )
     shares: tuple[Share, ...] = Field(default=(), description="Step 3: fixed shares for D_ext instead of the threshold")
     retrial: bool = Field(

@@ -33,11 +33,7 @@ if TYPE_CHECKING:
 
 
 MOST = 0.5
-"""Undecided images are acquitted at the odds of `acquit` if more than this share of the classes lost a group."""
-
-SURER = 10.0
-"""So many times higher must the odds be elsewhere, where less is at stake. In a model that knew Adaptive-Blend by heart
-41 of 191 images that would be acquitted at odds of ten were poisoned, at a hundred 7 of 101."""
+"""Undecided images are acquitted before the ending if more than this share of the classes lost a group."""
 
 
 def ending_steps(epoch: int) -> int:
@@ -220,14 +216,15 @@ class Run:
     def last_lesson(self, lesson: Lesson, suspects: Tensor, after: Tensor) -> Lesson:
         """Undecided images that take after D_ext join it: the hard ones of their classes.
 
-        Without them a class that lost a group is unlearnt in part: its hard images are what θ gets wrong so far.
+        Only where most classes lost a group (all-to-all). Elsewhere the one class that did pays for it with up to 11
+        points, but a third of those who were acquitted in a model of SSBA were poisoned.
         """
-        if self.config.acquit is None:
-            return lesson
-        labels, odds = self.data.labels, self.odds(suspects, lesson.images, after)
+        labels = self.data.labels
         most = len(labels[suspects & self.left_out].unique()) > MOST * len(labels.unique())
-        least = self.config.acquit * (1 if most else SURER)
-        self.acquitted = (odds < -math.log(least)) & ~self.left_out
+        if self.config.acquit is None or not most:
+            return lesson
+        odds = self.odds(suspects, lesson.images, after)
+        self.acquitted = (odds < -math.log(self.config.acquit)) & ~self.left_out
         self.rounds.append(
             {"step": "acquitted", "undecided": int(odds.isfinite().sum()), "next": int(self.acquitted.sum())}
         )
