@@ -589,8 +589,13 @@ def test_a_group_that_is_a_far_larger_part_of_its_class_is_not_taken_for_more_of
 
 @pytest.mark.parametrize(
     ("chances", "trusted"),
-    [((0.2, 0.4, 0.2, 0.2), True), ((0.2, 0.75, 0.03, 0.02), False), ((0.05, 0.45, 0.3, 0.2), False)],
-    ids=["a rare kind", "shows another class", "lost all"],
+    [
+        ((0.2, 0.4, 0.2, 0.2), True),
+        ((0.09, 0.43, 0.28, 0.2), True),
+        ((0.2, 0.75, 0.03, 0.02), False),
+        ((0.02, 0.47, 0.31, 0.2), False),
+    ],
+    ids=["a rare kind", "a rare kind that lost nine tenths", "shows another class", "lost all"],
 )
 @pytest.mark.parametrize(("carrying", "asked"), [(False, True), (True, True), (False, False)])
 def test_a_group_that_turns_out_to_show_nothing_else_is_trusted_again(chances, trusted, carrying, asked):
